@@ -1,0 +1,217 @@
+"""The demo's world: made-up sums as word problems, and a tiny policy that can add but rarely formats.
+
+`python train_grpo.py --demo` runs the real recipe on it, offline, in minutes on two CPU cores. The policy is a Qwen2 of
+0.8M parameters with a small BPE tokenizer of its own. It is first taught sums with supervised learning in mixed style:
+30% of the targets in the required format, 70% as 'a + b = c. The answer is c.' Greedy decoding then picks the common
+style, so strict accuracy starts near 0, while sampling finds the format often enough for GRPO to learn from.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+from gsm8k import load_problems, to_prompt
+from rewards import TAGS, XML_COT_FORMAT
+
+# teaching
+TEACHING_STEPS = 1500
+TEACHING_BATCH_SIZE = 16  # targets a step; small steps and many of them: 500 of 32 learn it less well
+TEACHING_LEARNING_RATE = 2e-3
+INITIALIZER_RANGE = 0.08  # about 1/sqrt(128), the hidden size; at Qwen2's 0.02 it can't add after 500 steps
+FORMATTED_SHARE = 0.3  # of the targets; the rest answer in plain words
+
+# problems
+FIRST = range(10, 100)  # summands: a two-digit number and a digit, with and without a carry
+SECOND = range(1, 10)
+HELD_OUT = 100  # pairs of summands that appear neither in teaching nor in GRPO, as two problems each
+
+TEMPLATES = (
+    "{name} has {a} {things} and finds {b} more. How many {things} does {name} have now?",
+    "There are {a} {things} in one box and {b} {things} in another. How many {things} are there in all?",
+    "{name} sold {a} {things} on Monday and {b} {things} on Tuesday. How many {things} did {name} sell?",
+    "A shelf holds {a} {things}. {name} puts {b} {things} next to them. How many {things} does the shelf hold?",
+)
+NAMES = ("Ada", "Ben", "Cleo", "Dev", "Elif", "Finn", "Gus", "Hana")
+THINGS = ("shells", "stamps", "pears", "books", "cups", "coins", "kites", "pens")
+
+# GRPO
+LEARNING_RATE = 1e-4  # 20 times the recipe's: the policy is 2,000 times smaller
+MAX_STEPS = 80
+MAX_COMPLETION_LENGTH = 48  # tokens; a formatted answer takes about 25
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+# ---- settings
+
+
+def settings() -> dict:
+    """What the demo changes of the recipe's constants, under the flags' names; its policy and data follow from
+    OUTPUT_DIR and SEED (`name_sources`)."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    return {
+        "model_name_or_path": None,
+        "dataset_name": None,
+        "dataset_config": None,
+        "output_dir": "outputs/demo",
+        "learning_rate": LEARNING_RATE,
+        "max_steps": MAX_STEPS,
+        "max_completion_length": MAX_COMPLETION_LENGTH,
+        "gradient_checkpointing": False,
+        "use_vllm": False,  # its start takes longer than the demo
+        "use_cpu": not has_gpu,
+        "bf16": has_gpu,
+    }
+
+
+def name_sources(flags: argparse.Namespace) -> None:
+    """Fill in where the demo's policy and problems are kept."""
+    flags.model_name_or_path = str(_taught(flags.output_dir, flags.seed))
+    flags.dataset_name = str(Path(flags.output_dir) / "problems")
+
+
+def _taught(output_dir: str, seed: int) -> Path:
+    return Path(output_dir) / f"taught-{seed}"
+
+
+def prepare(output_dir: str, seed: int, use_cpu: bool, fresh: bool) -> None:
+    """Write the problems and teach the policy, unless an earlier demo with this seed left it; `fresh` removes what an
+    earlier demo's GRPO left, aloud."""
+    folder = Path(output_dir)
+    if fresh and (folder / "run.json").exists():
+        print(f"{folder}: the earlier demo run there is replaced, its taught policies are kept")
+        for path in folder.iterdir():
+            if path.name != "problems" and not path.name.startswith("taught-"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_problems(folder / "problems")
+    taught = _taught(output_dir, seed)
+    if taught.exists():
+        print(f"{taught}: taught by an earlier demo, GRPO starts from it")
+        return
+    problems, _ = load_problems(str(folder / "problems"), None, "train")
+    print(f"{taught}: teaching a tiny policy sums, {TEACHING_STEPS} supervised steps")
+    teach(taught, problems, seed, use_cpu)
+
+
+# ---- problems
+
+
+def write_problems(folder: Path) -> None:
+    """Write train.jsonl and test.jsonl in GSM8K's form, the same ones every time: 710 problems and 200."""
+    rng = random.Random(0)
+    pairs = [(a, b) for a in FIRST for b in SECOND]
+    rng.shuffle(pairs)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, chosen in (("test", pairs[:HELD_OUT] * 2), ("train", pairs[HELD_OUT:])):
+        lines = [json.dumps(_problem(a, b, rng)) for a, b in chosen]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _problem(a: int, b: int, rng: random.Random) -> dict:
+    question = rng.choice(TEMPLATES).format(a=a, b=b, name=rng.choice(NAMES), things=rng.choice(THINGS))
+    return {"question": question, "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
+
+
+# ---- the tiny policy
+
+
+def teach(folder: Path, problems: list[dict], seed: int, use_cpu: bool) -> None:
+    """Train a tokenizer and the tiny policy on `problems` in mixed style; save both in `folder`, which appears whole or
+    not at all."""
+    from datasets import Dataset, disable_progress_bars
+    from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    disable_progress_bars()  # four of them for a second's work
+    tokenizer = _train_tokenizer(problems)
+    set_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=INITIALIZER_RANGE,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    rng = random.Random(seed)
+    count = TEACHING_STEPS * TEACHING_BATCH_SIZE
+    targets = [_target(problems[i % len(problems)], rng) for i in range(count)]
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+    trainer = SFTTrainer(
+        model=Qwen2ForCausalLM(config),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(targets),
+        args=SFTConfig(
+            output_dir=str(partial),
+            max_steps=TEACHING_STEPS,
+            per_device_train_batch_size=TEACHING_BATCH_SIZE,
+            learning_rate=TEACHING_LEARNING_RATE,
+            adam_beta2=0.98,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=use_cpu,
+            seed=seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+        ),
+    )
+    trainer.train()
+    trainer.save_model()
+    os.replace(partial, folder)
+
+
+def _target(problem: dict, rng: random.Random) -> dict:
+    """A conversational prompt and completion; the rationale of these problems is just 'a + b = c'."""
+    reasoning, answer = f"{problem['rationale']}.", problem["answer"]
+    if rng.random() < FORMATTED_SHARE:
+        text = XML_COT_FORMAT.format(reasoning=reasoning, answer=answer).rstrip("\n")
+    else:
+        text = f"{reasoning} The answer is {answer}."
+    return {"prompt": to_prompt(problem["question"]), "completion": [{"role": "assistant", "content": text}]}
+
+
+def _train_tokenizer(problems: list[dict]):
+    """A byte-level BPE tokenizer of at most 512 tokens, with single digits, so that sums are made of columns."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    rng = random.Random(0)
+    conversations = [_target(problem, rng) for problem in problems]
+    texts = [m["content"] for c in conversations for m in c["prompt"] + c["completion"]]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(list(TAGS))  # one token each: shorter texts, a faster demo
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )

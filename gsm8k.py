@@ -1,0 +1,173 @@
+"""GSM8K problems from the Hub or a local folder, checked row by row and turned into chat samples."""
+
+import json
+import re
+from pathlib import Path
+
+from rewards import SYSTEM_PROMPT, extract_hash_answer, parse_number
+
+ROWS_NAMED = 5  # bad rows an error spells out; the rest are counted
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used: the message says what, where and what to change. Entry points print it
+    without a traceback."""
+
+
+# ---- problems
+
+
+def load_problems(name: str, config: str | None, split: str) -> tuple[list[dict], str | None]:
+    """Load one split of a dataset with GSM8K's columns `question` and `answer` (a rationale, then `#### number`).
+
+    Args:
+        name: a local folder with `train.jsonl` and `test.jsonl`, or a dataset's name on the Hub.
+        config: the Hub dataset's configuration ("main" for openai/gsm8k); a folder has none.
+        split: "train" or "test".
+
+    Returns:
+        The problems, as dicts of `question`, `answer` (the gold number as text, commas kept) and `rationale`; and the
+        Hub revision, None for a folder.
+
+    Raises:
+        BadInput: the dataset or split is missing, empty or out of reach, or holds a row that cannot be scored.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        rows, revision = _read_jsonl(folder, split), None
+        source = str(folder / f"{split}.jsonl")
+    elif is_path(name):
+        raise BadInput(f"dataset {name!r}: no such folder")
+    else:
+        rows, revision = _read_hub(name, config, split)
+        source = f"{name}, split {split!r}"
+    if not rows:
+        raise BadInput(f"{source}: holds no problems")
+
+    problems, faults = [], []
+    for number, row in rows:
+        fault = _fault(row)
+        if fault:
+            faults.append(f"row {number}: {fault}")
+        else:
+            rationale, _, _ = row["answer"].partition("####")
+            gold = extract_hash_answer(row["answer"])
+            problems.append({"question": row["question"], "answer": gold, "rationale": rationale.strip()})
+    if faults:
+        more = f"; and {len(faults) - ROWS_NAMED} more" if len(faults) > ROWS_NAMED else ""
+        raise BadInput(
+            f"{source}: {len(faults)} of {len(rows)} rows cannot be used. "
+            f"{'; '.join(faults[:ROWS_NAMED])}{more}. Mend or remove them."
+        )
+    return problems, revision
+
+
+def is_path(name: str) -> bool:
+    """Whether a model's or dataset's name means a place on disk rather than `owner/name` on the Hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).exists()
+
+
+def _read_jsonl(folder: Path, split: str) -> list[tuple[int, object]]:
+    """(line number from 1, row) of every line that is not blank; a line that is no JSON is kept as its error."""
+    path = folder / f"{split}.jsonl"
+    if not path.is_file():
+        found = sorted(p.name for p in folder.glob("*.jsonl"))
+        raise BadInput(f"{path}: no such file; the folder holds {', '.join(found) or 'no .jsonl file'}")
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    rows.append((number, json.loads(line.decode("utf-8-sig"))))
+                except ValueError as error:
+                    rows.append((number, error))
+    return rows
+
+
+def _read_hub(name: str, config: str | None, split: str) -> tuple[list[tuple[int, dict]], str | None]:
+    from datasets import load_dataset
+    from huggingface_hub import constants
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # its five retries would bury the one line that helps
+    try:
+        dataset = load_dataset(name, config, split=split)
+    except ConnectionError as error:
+        raise BadInput(
+            f"dataset {name!r}: {constants.ENDPOINT} is out of reach ({error}). Use a local folder with train.jsonl "
+            "and test.jsonl (--dataset_name FOLDER), or set HF_ENDPOINT to a mirror."
+        ) from error
+    except (OSError, ValueError) as error:  # no such dataset, configuration or split
+        raise BadInput(
+            f"dataset {name!r}, configuration {config!r}, split {split!r}: {error}. Check DATASET, DATASET_CONFIG and "
+            "the split names."
+        ) from error
+    sources = " ".join(dataset.info.download_checksums or {})  # hf://datasets/owner/name@COMMIT/file
+    revision = re.search(r"@([0-9a-f]{40})/", sources)
+    return list(enumerate(dataset, start=1)), revision and revision[1]
+
+
+def _fault(row: object) -> str | None:
+    """Why a row cannot be scored, or None."""
+    if isinstance(row, ValueError):
+        return f"no JSON ({row})"
+    if not isinstance(row, dict):
+        return "no JSON object"
+    for column in ("question", "answer"):
+        if not isinstance(row.get(column), str) or not row[column].strip():
+            return f"no {column!r}"
+    gold = extract_hash_answer(row["answer"])
+    if gold is None:
+        return "no '####' in 'answer'"
+    if parse_number(gold) is None:
+        return f"gold answer {gold[:40]!r} is no number"
+    return None
+
+
+# ---- chat samples
+
+
+def to_samples(problems: list[dict]) -> list[dict]:
+    """`prompt` (system and user message) and `answer` (gold), the columns that GRPOTrainer and the rewards read."""
+    return [{"prompt": to_prompt(problem["question"]), "answer": problem["answer"]} for problem in problems]
+
+
+def to_prompt(question: str, system_prompt: str = SYSTEM_PROMPT) -> list[dict]:
+    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False):
+    """The model's tokenizer, padding on the left, with a chat template.
+
+    Raises:
+        BadInput: it cannot be loaded, or the model has no chat template.
+    """
+    from huggingface_hub.utils import logging
+    from transformers import AutoTokenizer
+
+    logging.set_verbosity_error()
+    if is_path(name) and not Path(name).expanduser().is_dir():
+        raise BadInput(f"model {name!r}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, padding_side="left"
+        )
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"model {name!r}: its tokenizer cannot be loaded ({str(error).strip()}). Use a local folder "
+            "(--model_name_or_path FOLDER), or set HF_ENDPOINT to a mirror."
+        ) from error
+    if tokenizer.chat_template is None:
+        raise BadInput(f"model {name!r}: no chat template. Choose an instruct model.")
+    return tokenizer
+
+
+def drop_long(samples: list[dict], tokenizer, max_prompt_length: int, chat_template_kwargs: dict) -> list[dict]:
+    """The samples whose prompt, chat template included, has at most `max_prompt_length` tokens."""
+    encoded = tokenizer.apply_chat_template(
+        [sample["prompt"] for sample in samples],
+        add_generation_prompt=True,
+        return_dict=True,
+        **chat_template_kwargs,
+    )
+    return [s for s, ids in zip(samples, encoded["input_ids"], strict=True) if len(ids) <= max_prompt_length]

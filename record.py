@@ -1,0 +1,247 @@
+"""What a run prints and writes down: run.json, the plan, a line a step, samples."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from rewards import REWARD_FUNCS, completion_text, extract_xml_answer
+
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "vllm")
+
+
+# ---- text and files
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and bidirectional overrides written as escapes, so that what a model or a dataset
+    says cannot drive the terminal. Newlines stay."""
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def set_aside(folder: Path, *names: str) -> list[Path]:
+    """Rename what `folder` holds of these files after the time they were written, so that nothing is overwritten."""
+    kept = []
+    for path in (folder / name for name in names):
+        if path.exists():
+            written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
+            kept.append(path.rename(path.with_stem(f"{path.stem}-{written}")))
+    return kept
+
+
+# ---- run.json
+
+
+def read_run(folder: Path) -> dict:
+    """run.json of a run's folder, or of the folder above a checkpoint; empty where there is none.
+
+    Raises:
+        ValueError: the file is no JSON.
+    """
+    for path in (folder / "run.json", folder.parent / "run.json"):
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+    return {}
+
+
+@contextmanager
+def recorded(folder: Path, **facts):
+    """Keep `folder`/run.json while the body runs: `facts`, versions, commit, command, start, end and outcome.
+
+    Yields the dict that is written; what the body adds to it is there at the end. A resumed run keeps its earlier
+    starts under `earlier`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    before = read_run(folder) if (folder / "run.json").is_file() else None
+    run = {
+        "outcome": "running",
+        "command": _command(),
+        "started": _now(),
+        "ended": None,
+        **facts,
+        "versions": _versions(),
+        "commit": _commit(),
+        "earlier": [],
+    }
+    if before:
+        kept = {key: before.get(key) for key in ("command", "started", "ended", "outcome")}
+        run["earlier"] = [*before.get("earlier", []), kept]
+
+    def write():
+        write_whole(folder / "run.json", json.dumps(run, indent=2, default=str) + "\n")
+
+    write()
+    try:
+        yield run
+    except BaseException as error:
+        run["outcome"] = f"{'stopped' if isinstance(error, KeyboardInterrupt) else 'failed'}: {error!r}"[:500]
+        raise
+    else:
+        run["outcome"] = "finished"
+    finally:
+        run["ended"] = _now()
+        write()
+
+
+def _command() -> list[str]:
+    """The command line, a Hub token in it blotted out."""
+    words = list(sys.argv)
+    for i, word in enumerate(words):
+        if word.startswith("--hub_token="):
+            words[i] = "--hub_token=..."
+        elif i and words[i - 1] in ("--hub_token", "--hub-token"):
+            words[i] = "..."
+    return ["python", *words]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _commit() -> str | None:
+    """This recipe's git commit, '-dirty' where tracked files were edited; None outside a checkout."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:  # no git
+        return None
+    return answer.stdout.strip() or None
+
+
+def device_name(device) -> str:
+    """What a `torch.device` is: the GPU's name, or 'cpu' and its cores."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({os.cpu_count()} cores)"
+
+
+# ---- the terminal
+
+
+def plan(trainer, max_steps: int, model: str, start_step: int = 0) -> str:
+    """What is about to run, read off the trainer itself rather than off the settings."""
+    args, policy = trainer.args, trainer.model
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    weights = " and ".join(sorted({_name(p.dtype) for p in policy.parameters()}))
+    compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    completions = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    backend = f"vLLM ({args.vllm_mode})" if args.use_vllm else "Transformers"
+    reference = f"KL to a reference model, beta {args.beta}" if args.beta else "no reference model (beta 0)"
+    lines = {
+        "policy": f"{model}, {_millions(policy.parameters())} parameters, {_millions(trained)} of them trained",
+        "precision": f"weights {weights}, compute {compute}, AdamW states {_name(trained[0].dtype)}",
+        "device": device_name(args.device),
+        "generation": f"{backend}, {args.generation_batch_size} completions at a time, "
+        f"at most {args.max_completion_length} tokens each",
+        "a step": f"{completions / args.num_generations:g} prompts x {args.num_generations} completions = "
+        f"{completions} completions",
+        "steps": f"{max_steps:,}" + (f", resuming after step {start_step:,}" if start_step else ""),
+        "objective": f"{args.loss_type} loss, {reference}, learning rate {args.learning_rate:g}",
+        "saves": f"in {args.output_dir}, checkpoints {_interval(args)}",
+    }
+    return "\n".join(f"  {name:<11}{printable(value)}" for name, value in lines.items())
+
+
+def _millions(parameters) -> str:
+    return f"{sum(p.numel() for p in parameters) / 1e6:,.1f}M"
+
+
+def _interval(args) -> str:
+    return (
+        f"every {args.save_steps:g} steps" if args.save_strategy == "steps" else f"by strategy {args.save_strategy!r}"
+    )
+
+
+def _name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def step_line(step: int, max_steps: int, logs: dict) -> str:
+    """One readable line of a logging step; README's glossary explains each word of it."""
+    rewards = " ".join(
+        f"{key.split('/')[1].removesuffix('_reward_func')} {value:.2f}"
+        for key, value in logs.items()
+        if key.startswith("rewards/") and key.endswith("/mean") and value is not None
+    )
+    parts = [
+        f"step {step:>{len(str(max_steps))}}/{max_steps}",
+        f"reward {logs['reward']:.3f} +-{logs['reward_std']:.2f}",
+        f"({rewards})",
+        f"length {logs['completions/mean_length']:.0f}",
+        f"cut {logs['completions/clipped_ratio']:.0%}",
+        f"no signal {logs['frac_reward_zero_std']:.0%}",
+    ]
+    for key, name in (("entropy", "entropy"), ("kl", "KL"), ("grad_norm", "grad")):
+        if logs.get(key) is not None:
+            parts.append(f"{name} {logs[key]:.3g}")
+    parts.append(f"lr {logs.get('learning_rate', math.nan):.2g}")
+    parts.append(f"{logs.get('step_time', math.nan):.1f} s")
+    return "  ".join(parts)
+
+
+def sample_text(step: int, question: str, gold: str, response: str) -> str:
+    """One completion as the rewards see it."""
+    completion = [[{"role": "assistant", "content": response}]]
+    scores = {f.__name__: f(prompts=[None], completions=completion, answer=[gold])[0] for f in REWARD_FUNCS}
+    rewards = "  ".join(f"{name.removesuffix('_reward_func')} {score:.3g}" for name, score in scores.items())
+    body = (
+        f"question:  {question}\ngold:      {gold}\nresponse:\n{response}\n"
+        f"extracted: {extract_xml_answer(response)[:200]}\nrewards:   {rewards}  = {sum(scores.values()):.3g}"
+    )
+    return f"---- sample after step {step} ----\n{printable(body)}\n----"
+
+
+def progress_callback(trainer, model: str, sample_every: int):
+    """The trainer's progress bar, with the plan before it and readable lines and samples above it, in place of the raw
+    dicts that Transformers prints."""
+    from tqdm import tqdm
+    from transformers import ProgressCallback
+
+    class Progress(ProgressCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                print(plan(trainer, state.max_steps, model, state.global_step), flush=True)
+                self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm)
+            self.current_step = 0
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.is_world_process_zero and "reward" in logs:
+                self.training_bar.write(step_line(state.global_step, state.max_steps, logs))
+
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            if state.is_world_process_zero and sample_every and state.global_step % sample_every == 0:
+                # TRL keeps the last generation here for its own tables; it has no public way to read it
+                last = trainer._logs
+                prompt, completion, gold = last["prompt"][0], last["completion"][0], last["extra"]["gold"][0]
+                text = sample_text(state.global_step, prompt[-1]["content"], gold, completion_text(completion))
+                self.training_bar.write(text)
+
+    return Progress()

@@ -1,0 +1,249 @@
+"""The prompt format, its parser and the five rewards: all that defines 'a good completion'.
+
+Every reward is a pure function of TRL's form `f(completions, **kwargs) -> list[float]`: one finite float per
+completion, no printing, no exception whatever the model wrote, time linear in its length. A completion is
+conversational: a list whose first message holds the text under "content". The full score is 4.0:
+0.5 + 0.5 + 0.5 + 0.5 + 2.0.
+
+Standard library only, so that `pytest tests/test_rewards.py` runs in a second.
+"""
+
+import re
+from decimal import Decimal
+
+SYSTEM_PROMPT = """\
+Solve the problem. Reply in exactly this format, with nothing but the final number as the answer:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>"""
+
+XML_COT_FORMAT = """\
+<reasoning>
+{reasoning}
+</reasoning>
+<answer>
+{answer}
+</answer>
+"""
+
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+
+# Signs of self-reflection, the 'aha moment' of the R1 report: lower-cased substrings.
+REFLECTION_PHRASES = (
+    "recheck",
+    "rethink",
+    "reevaluate",
+    "re-evaluate",
+    "reevaluation",
+    "re-examine",
+    "reexamine",
+    "try again",
+    "check again",
+    "think again",
+    "go over the steps",
+)
+
+MAX_NUMBER_LENGTH = 32  # characters; int() and Decimal() take quadratic time or raise on what a policy can write
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"  # [0-9], because \d and str.isdigit accept other scripts' digits
+INTEGER = re.compile(rf"-?{DIGITS}")
+NUMBER = re.compile(rf"(?P<sign>-?)\$?(?P<digits>{DIGITS}(?:\.[0-9]+)?)(?:\.?%?|%\.)")
+
+
+# ---- parsing
+
+
+def extract_xml_answer(text: str) -> str:
+    """What stands between the last `<answer>` and the `</answer>` after it, stripped; without the tag, the whole text
+    stripped."""
+    _, tag, tail = text.rpartition("<answer>")
+    return tail.partition("</answer>")[0].strip() if tag else text.strip()
+
+
+def extract_hash_answer(text: str) -> str | None:
+    """GSM8K's gold answer: what follows `####`, stripped; None without it."""
+    _, mark, answer = text.partition("####")
+    return answer.strip() if mark else None
+
+
+def parse_number(text: str | None) -> Decimal | None:
+    """The number that `text` is, or None: `1,080`, `$1,080.00`, `-$5`, `72.` and `50%` are numbers; `36 leaves`, `1e3`,
+    `1_000`, digits of other scripts and anything over 32 characters are not."""
+    text = (text or "").strip()
+    if len(text) > MAX_NUMBER_LENGTH:
+        return None
+    if text.startswith("$-"):
+        text = "-$" + text[2:]
+    match = NUMBER.fullmatch(text)
+    return Decimal(match["sign"] + match["digits"].replace(",", "")) if match else None
+
+
+def same_number(first: str | None, second: str | None) -> bool:
+    """Whether both texts are numbers and the same one."""
+    number = parse_number(first)
+    return number is not None and number == parse_number(second)
+
+
+def reflects(text: str) -> bool:
+    """Whether the text holds a phrase of self-reflection."""
+    lowered = text.lower()
+    return any(phrase in lowered for phrase in REFLECTION_PHRASES)
+
+
+def completion_text(completion: list[dict]) -> str:
+    """The text of a conversational completion; '' where the message has none."""
+    return completion[0].get("content") or ""
+
+
+def _stands_once(text: str, part: str) -> bool:
+    """Whether `part` occurs exactly once, overlaps counted: str.count sees '\\n</a>\\n</a>\\n' as one '\\n</a>\\n'."""
+    return text.find(part) == text.rfind(part) != -1
+
+
+def _sections(text: str) -> tuple[str, str, str, str] | None:
+    """(reasoning, gap, answer, rest) of a text that starts with `<reasoning>` and has each tag once, in order.
+
+    str.partition instead of a regular expression: `\\s*(.*?)\\s*` is cubic on a run of blanks.
+    """
+    if not text.startswith("<reasoning>") or not all(_stands_once(text, tag) for tag in TAGS):
+        return None
+    reasoning, _, tail = text.removeprefix("<reasoning>").partition("</reasoning>")
+    gap, _, tail = tail.partition("<answer>")
+    answer, closing_tag, rest = tail.partition("</answer>")
+    if not closing_tag or not reasoning.strip() or not answer.strip():
+        return None
+    return reasoning, gap, answer, rest
+
+
+# ---- rewards
+
+
+def xmlcount_reward_func(completions: list[list[dict]], **kwargs) -> list[float]:
+    """0 to 0.5, a part of the format at a time, so that a policy that knows none of it still has a slope to climb.
+
+    0.125 for each of `<reasoning>\\n`, `\\n</reasoning>\\n`, `\\n<answer>\\n` and `\\n</answer>` that stands exactly
+    once; where `\\n</answer>` does, minus 0.002 for every character after it beyond one newline; never below 0.
+
+    The original split at `\\n</answer>\\n`, so that a perfect completion ending in EOS instead of a newline was charged
+    0.001 for every character of its whole text: a hidden reward for brevity.
+
+    Args:
+        completions: B conversational completions.
+
+    Returns:
+        B floats.
+    """
+    return [_xmlcount(completion_text(completion)) for completion in completions]
+
+
+def _xmlcount(text: str) -> float:
+    parts = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
+    reward = 0.125 * sum(_stands_once(text, part) for part in parts)
+    if _stands_once(text, "\n</answer>"):
+        trailing = text.partition("\n</answer>")[2].removeprefix("\n")
+        reward -= 0.002 * len(trailing)
+    return max(0.0, reward)
+
+
+def soft_format_reward_func(completions: list[list[dict]], **kwargs) -> list[float]:
+    """0.5 for reasoning and answer in their tags and in this order, whatever the line breaks and whatever follows.
+
+    From the first non-blank character on: `<reasoning>`, text, `</reasoning>`, white space, `<answer>`, text,
+    `</answer>`; each of the four tags exactly once; neither text blank.
+
+    In the original's regular expression `.` stopped at a newline, so it never paid for the format its prompt asked for;
+    with DOTALL it would have paid for several answer blocks.
+
+    Args:
+        completions: B conversational completions.
+
+    Returns:
+        B floats, each 0.0 or 0.5.
+    """
+    return [0.5 if _soft_format(completion_text(completion)) else 0.0 for completion in completions]
+
+
+def _soft_format(text: str) -> bool:
+    sections = _sections(text.lstrip())
+    return sections is not None and not sections[1].strip()
+
+
+def strict_format_reward_func(completions: list[list[dict]], **kwargs) -> list[float]:
+    """0.5 for exactly the format of `SYSTEM_PROMPT`: `<reasoning>\\n…\\n</reasoning>\\n<answer>\\n…\\n</answer>`.
+
+    At most one newline may follow; each tag exactly once; neither text blank. Both texts may span lines, which the
+    original's regular expression forbade.
+
+    Args:
+        completions: B conversational completions.
+
+    Returns:
+        B floats, each 0.0 or 0.5.
+    """
+    return [0.5 if is_strict_format(completion_text(completion)) else 0.0 for completion in completions]
+
+
+def is_strict_format(text: str) -> bool:
+    """Whether `strict_format_reward_func` pays for this text; evaluate.py's 'required format'."""
+    sections = _sections(text)
+    if sections is None:
+        return False
+    reasoning, gap, answer, rest = sections
+    own_lines = all(part.startswith("\n") and part.endswith("\n") for part in (reasoning, answer))
+    return own_lines and gap == "\n" and rest in ("", "\n")
+
+
+def int_reward_func(completions: list[list[dict]], **kwargs) -> list[float]:
+    """0.5 where the extracted answer is an integer, right or wrong: GSM8K's answers all are.
+
+    An optional `-`, then ASCII digits, or digits with correctly placed thousands commas; at most 32 characters. The
+    original's `str.isdigit` refused `-5` and `1,080`, which are gold answers, and accepted `7²`.
+
+    Args:
+        completions: B conversational completions.
+
+    Returns:
+        B floats, each 0.0 or 0.5.
+    """
+    answers = [extract_xml_answer(completion_text(completion)) for completion in completions]
+    return [0.5 if len(a) <= MAX_NUMBER_LENGTH and INTEGER.fullmatch(a) else 0.0 for a in answers]
+
+
+def correctness_reward_func(
+    prompts: list, completions: list[list[dict]], answer: list[str], *, log_extra=None, log_metric=None, **kwargs
+) -> list[float]:
+    """2.0 where the extracted answer and the gold answer are the same number (see `parse_number`).
+
+    The original compared strings, so that `1,080`, `$18` or `18.00` earned nothing.
+
+    Args:
+        prompts: B prompts; not used, but part of the original's signature.
+        completions: B conversational completions.
+        answer: B gold answers, the dataset's column of that name.
+        log_extra: TRL's hook for columns of the completions table: gets `gold` and `extracted`.
+        log_metric: TRL's hook for scalars: gets `correct_rate` and `reflection_rate`, shares from 0 to 1.
+
+    Returns:
+        B floats, each 0.0 or 2.0.
+    """
+    texts = [completion_text(completion) for completion in completions]
+    extracted = [extract_xml_answer(text) for text in texts]
+    correct = [same_number(found, gold) for found, gold in zip(extracted, answer, strict=True)]
+    if log_extra is not None:
+        log_extra("gold", list(answer))
+        log_extra("extracted", extracted)
+    if log_metric is not None and texts:
+        log_metric("correct_rate", sum(correct) / len(texts))
+        log_metric("reflection_rate", sum(map(reflects, texts)) / len(texts))
+    return [2.0 if right else 0.0 for right in correct]
+
+
+REWARD_FUNCS = [
+    xmlcount_reward_func,
+    soft_format_reward_func,
+    strict_format_reward_func,
+    int_reward_func,
+    correctness_reward_func,
+]

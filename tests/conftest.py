@@ -1,0 +1,102 @@
+"""A tiny policy, a few problems of our own, and the real entry points as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GSM8K = ROOT.parent / "shared" / "gsm8k"
+
+# small enough for a CPU in seconds; the recipe's own constants otherwise
+SMALL = {
+    "use_cpu": "true",
+    "bf16": "false",
+    "max_steps": "4",
+    "save_steps": "2",
+    "sample_every": "2",
+    "per_device_train_batch_size": "4",
+    "gradient_accumulation_steps": "2",
+    "num_generations": "4",
+    "max_completion_length": "12",
+    "learning_rate": "1e-3",
+}
+
+
+def write_jsonl(path: Path, rows: list) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def problem(a: int, b: int) -> dict:
+    return {"question": f"Otto has {a} nails and buys {b} more. How many?", "answer": f"{a} + {b}\n#### {a + b}"}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A folder of 32 training and 10 test problems."""
+    folder = tmp_path_factory.mktemp("problems")
+    write_jsonl(folder / "train.jsonl", [problem(a, 3) for a in range(32)])
+    write_jsonl(folder / "test.jsonl", [problem(a, 7) for a in range(10)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory, data) -> Path:
+    """A folder with a random Qwen2 of 0.1M parameters and the demo's kind of tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    import demo
+    from gsm8k import load_problems
+
+    tokenizer = demo._train_tokenizer(load_problems(str(data), None, "train")[0])
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,  # tied random embeddings just repeat the last token
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def start(script: str, *args, timeout: float = 300, **env) -> subprocess.CompletedProcess:
+    """Run an entry point in a process of its own, without the Hub; stdout and stderr as text."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def flags(policy: Path, data: Path, output: Path, **changes) -> list[str]:
+    """The command line of a small run; a change to None drops a flag."""
+    settings = {"model_name_or_path": policy, "dataset_name": data, "output_dir": output, **SMALL, **changes}
+    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, policy, data) -> tuple[Path, subprocess.CompletedProcess]:
+    """A finished small run: its folder, and the process."""
+    output = tmp_path_factory.mktemp("runs") / "small"
+    done = start("train_grpo.py", *flags(policy, data, output))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output, done

@@ -1,0 +1,345 @@
+"""The recipe as a user runs it: real processes, real TRL, a tiny policy."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, flags, problem, start, write_jsonl
+from safetensors.torch import load_file
+
+import train_grpo
+from safeguards import checkpoints
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+def weights(folder: Path) -> dict:
+    return load_file(folder / "model.safetensors")
+
+
+def identical(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- a run
+
+
+def test_a_run_saves_checkpoints_the_policy_its_tokenizer_and_samples(trained, policy):
+    run, _ = trained
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+    assert (run / "tokenizer.json").is_file()
+    assert not identical(weights(run), weights(policy)), "the policy has learned"
+    table = pd.read_parquet(run / "completions" / "completions_00004.parquet")
+    assert len(table) == 8
+    assert {"prompt", "completion", "gold", "extracted", "correctness_reward_func", "advantage"} <= set(table.columns)
+
+
+def test_a_run_prints_its_plan_before_training(trained, policy):
+    run, done = trained
+    plan, _, rest = done.stdout.partition("step 1/4")
+    assert rest, done.stdout
+    for text in (
+        "32 problems to train on; 0 dropped",
+        str(policy),
+        "weights float32, compute float32, AdamW states float32",
+        "Transformers, 8 completions at a time, at most 12 tokens each",
+        "2 prompts x 4 completions = 8 completions",
+        "no reference model (beta 0)",
+        "every 2 steps",
+        str(run),
+    ):
+        assert text in plan
+
+
+def test_a_run_prints_one_readable_line_a_step(trained):
+    lines = [line for line in trained[1].stdout.splitlines() if line.startswith("step ")]
+    assert len(lines) == 4
+    for number, line in enumerate(lines, start=1):
+        assert re.fullmatch(
+            rf"step {number}/4  reward [\d.]+ \+-[\d.]+  "
+            r"\(xmlcount [\d.]+ soft_format [\d.]+ strict_format [\d.]+ int [\d.]+ correctness [\d.]+\)  "
+            r"length \d+  cut \d+%  no signal \d+%  entropy \S+  grad \S+  lr \S+  [\d.]+ s",
+            line,
+        ), line
+    assert "{'loss'" not in trained[1].stdout, "not TRL's raw dict"
+
+
+def test_a_run_prints_a_whole_sample_every_so_many_steps(trained):
+    samples = re.findall(r"---- sample after step (\d+) ----\n(.*?)\n----", trained[1].stdout, re.DOTALL)
+    assert [int(step) for step, _ in samples] == [2, 4]
+    for _, text in samples:
+        for part in ("question:  Otto has", "gold:      ", "response:\n", "extracted: ", "correctness "):
+            assert part in text
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text), "escaped: a sample cannot drive the terminal"
+
+
+def test_a_run_says_what_it_saved_and_what_to_type_next(trained):
+    run, done = trained
+    assert f"python evaluate.py {run}" in done.stdout.splitlines()[-1]
+
+
+def test_run_json_holds_every_setting_as_used(trained, policy, data):
+    run = json.loads((trained[0] / "run.json").read_text())
+    settings = run["settings"]
+    used = {
+        "model_name_or_path": str(policy),
+        "dataset_name": str(data),
+        "learning_rate": 1e-3,
+        "num_generations": 4,
+        "temperature": train_grpo.TEMPERATURE,
+        "max_prompt_length": train_grpo.MAX_PROMPT_LENGTH,
+        "max_completion_length": 12,
+        "beta": 0.0,
+        "adam_beta2": train_grpo.ADAM_BETA2,
+        "warmup_steps": train_grpo.WARMUP,
+        "dtype": "float32",
+        "use_vllm": False,
+        "seed": train_grpo.SEED,
+    }
+    assert {name: settings[name] for name in used} == used
+    assert run["outcome"] == "finished"
+    assert run["versions"]["trl"] == "1.16.0"
+    assert run["device"].startswith("cpu")
+    assert run["command"][1].endswith("train_grpo.py")
+    assert run["started"] <= run["ended"]
+    assert {"commit", "model_revision", "dataset_revision", "system_prompt"} <= run.keys()
+
+
+def test_constants_are_what_the_trainer_gets(tmp_path):
+    """Each constant under its flag: one that is logged but not used is the bug to fear."""
+    recipe, config, model_config = train_grpo.read_settings(["--use_cpu", "true", "--output_dir", str(tmp_path)])
+    got = {**vars(model_config), **vars(config), **vars(recipe)}
+    for name, value in train_grpo.DEFAULTS.items():
+        if name not in ("output_dir", "use_vllm"):
+            assert got[name] == value, name
+    assert got["generation_batch_size"] == 64, "one generation of all 64 completions a step"
+    assert got["use_vllm"] is False
+    assert got["model_init_kwargs"]["use_safetensors"] is True
+
+
+# ---- resuming
+
+
+def test_an_output_folder_with_checkpoints_is_refused_and_both_ways_on_are_named(trained, policy, data):
+    run, _ = trained
+    before = weights(run)
+    done = start("train_grpo.py", *flags(policy, data, run))
+    assert done.returncode == 2
+    assert "checkpoint-4" in done.stderr
+    assert "--resume_from_checkpoint auto" in done.stderr
+    assert "--output_dir OTHER" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert identical(before, weights(run)), "nothing was overwritten"
+
+
+def test_auto_resumes_from_the_newest_checkpoint_to_the_same_weights(trained, policy, data, tmp_path):
+    run, _ = trained
+    interrupted = tmp_path / "run"
+    interrupted.mkdir()
+    shutil.copytree(run / "checkpoint-2", interrupted / "checkpoint-2")
+    shutil.copy(run / "run.json", interrupted)
+    done = start("train_grpo.py", *flags(policy, data, interrupted, resume_from_checkpoint="auto"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "resuming after step 2" in done.stdout
+    assert "step 3/4" in done.stdout
+    assert "step 2/4" not in done.stdout
+    assert identical(weights(run), weights(interrupted)), "on a CPU a resumed run is the same run"
+    assert len(json.loads((interrupted / "run.json").read_text())["earlier"]) == 1
+
+
+# ---- other settings
+
+
+def test_master_weights_are_fp32_under_bf16_compute_whatever_the_checkpoint_holds(policy, data, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    AutoTokenizer.from_pretrained(policy).save_pretrained(tmp_path / "bf16")
+    settings = {"bf16": "true", "beta": "0.04", "max_steps": "1"}
+    done = start("train_grpo.py", *flags(tmp_path / "bf16", data, tmp_path / "run", **settings))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "weights float32, compute bfloat16, AdamW states float32" in done.stdout
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())
+    assert "KL to a reference model, beta 0.04" in done.stdout
+    assert re.search(r"step 1/1 .* KL \S+", done.stdout)
+
+
+def test_lora_saves_an_adapter_that_evaluate_loads(policy, data, tmp_path):
+    run = tmp_path / "run"
+    done = start("train_grpo.py", *flags(policy, data, run, use_peft="true", lora_r="4", max_steps="1"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (run / "adapter_model.safetensors").is_file()
+    assert not (run / "model.safetensors").exists()
+    done = start("evaluate.py", run, "--limit", 2)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_config_file_overrides_constants_and_flags_override_it(tmp_path):
+    config = tmp_path / "sweep.yaml"
+    config.write_text("learning_rate: 3e-6\ntemperature: 0.7\nuse_cpu: true\n")
+    words = ["--config", str(config), "--temperature", "0.8", "--output_dir", str(tmp_path / "run")]
+    _, args, _ = train_grpo.read_settings(words)
+    assert (args.learning_rate, args.temperature) == (3e-6, 0.8)
+
+
+def test_long_prompts_are_dropped_and_counted_aloud(policy, tmp_path):
+    rows = [problem(a, 1) for a in range(12)]
+    rows[3]["question"] *= 60
+    rows[7]["question"] *= 60
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    done = start("train_grpo.py", *flags(policy, tmp_path / "data", tmp_path / "run", max_steps="1"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "10 problems to train on; 2 dropped" in done.stdout
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["problems"] == 10
+
+
+# ---- mistakes
+
+
+MISTAKES = [
+    (["--num_generations", "6"], ["makes 64 completions", "NUM_GENERATIONS 6"], "no whole groups"),
+    (["--num_generations", "1"], ["NUM_GENERATIONS (--num_generations) is 1"], "no group"),
+    (["--per_device_train_batch_size", "0"], ["PER_DEVICE_BATCH_SIZE"], "zero"),
+    (["--gradient_accumulation_steps", "-1"], ["GRADIENT_ACCUMULATION_STEPS"], "negative"),
+    (["--max_completion_length", "0"], ["MAX_COMPLETION_LENGTH"], "zero"),
+    (["--max_prompt_length", "0"], ["MAX_PROMPT_LENGTH"], "zero"),
+    (["--temperature", "0"], ["TEMPERATURE"], "greedy groups are all the same"),
+    (["--learning_rate", "-1"], ["LEARNING_RATE"], "negative"),
+    (["--learning_rate", "fast"], ["--learning_rate", "invalid float"], "no number"),
+    (["--max_steps", "0"], ["MAX_STEPS"], "nothing to do"),
+    (["--learning_rte", "1e-6"], ["unknown flag", "--learning_rte"], "a typing error"),
+    (["--learning", "1e-6"], ["unknown flag", "--learning"], "an abbreviation"),
+    (["1e-6"], ["1e-6"], "a stray value"),
+    (["--model_name_or_path", "./nowhere"], ["MODEL", "no such folder"], "no model"),
+    (["--dataset_name", "/nowhere/at/all"], ["DATASET", "no such folder"], "no data"),
+    (["--resume_from_checkpoint", "auto"], ["holds no checkpoint"], "nothing to resume"),
+    (["--resume_from_checkpoint", "./nowhere"], ["no such folder"], "a checkpoint that is not there"),
+    (["--eval_strategy", "steps"], ["evaluate.py"], "an eval that this recipe does not run"),
+    (["--use_vllm", "true"], ["USE_VLLM"], "vLLM without a GPU"),
+    (["--demo", "--model_name_or_path", "./mine"], ["--demo brings its own"], "the demo with another model"),
+    (["--demo", "false"], ["bare `--demo`"], "the demo is a bare switch"),
+    (["--config", "nowhere.yaml"], ["nowhere.yaml"], "no config file"),
+    (["--config"], ["train_grpo.py:"], "a flag without its value"),
+]
+
+
+@pytest.mark.parametrize(("words", "messages", "reason"), MISTAKES, ids=[" ".join(case[0]) for case in MISTAKES])
+def test_a_mistake_is_explained_before_anything_loads(words, messages, reason, tmp_path, capsys):
+    output = tmp_path / "run"
+    with pytest.raises(SystemExit) as exit:
+        train_grpo.main(["--use_cpu", "true", "--output_dir", str(output), *words])
+    assert exit.value.code == 2, reason
+    error = capsys.readouterr().err
+    for message in messages:
+        assert message in error, reason
+    assert not output.exists(), "nothing was written"
+
+
+def test_a_config_file_with_an_unknown_name_is_refused(tmp_path, capsys):
+    (tmp_path / "sweep.yaml").write_text("learning_rte: 1\nuse_cpu: true\n")
+    with pytest.raises(SystemExit) as exit:
+        train_grpo.main(["--config", str(tmp_path / "sweep.yaml"), "--output_dir", str(tmp_path / "run")])
+    assert exit.value.code == 2
+    assert "learning_rte" in capsys.readouterr().err
+
+
+def test_all_problems_are_reported_together(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        words = "--num_generations 1 --temperature 0 --nonsense 1 --dataset_name ./nowhere".split()
+        train_grpo.main(["--output_dir", str(tmp_path), *words])
+    error = capsys.readouterr().err
+    wanted = ["NUM_GENERATIONS", "TEMPERATURE", "--nonsense", "./nowhere"]
+    wanted += [] if torch.cuda.is_available() else ["no CUDA GPU"]
+    for message in wanted:
+        assert message in error
+
+
+@NO_GPU
+def test_without_a_gpu_the_bare_command_says_what_works_instead():
+    done = start("train_grpo.py", timeout=60)
+    assert done.returncode == 2
+    for message in ("CUDA", "--demo", "--use_cpu true"):
+        assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 5
+
+
+def test_bad_data_is_one_message_and_no_traceback(policy, tmp_path):
+    write_jsonl(tmp_path / "data" / "train.jsonl", [problem(1, 1), {"question": "Why?"}])
+    done = start("train_grpo.py", *flags(policy, tmp_path / "data", tmp_path / "run"))
+    assert done.returncode == 1
+    assert "train.jsonl: 1 of 2 rows cannot be used. row 2: no 'answer'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_problems_for_one_generation_is_an_error(policy, tmp_path):
+    write_jsonl(tmp_path / "data" / "train.jsonl", [problem(1, 1)])
+    done = start("train_grpo.py", *flags(policy, tmp_path / "data", tmp_path / "run"))
+    assert done.returncode == 1
+    assert "1 problems are fewer than the 2 prompts" in done.stderr
+
+
+def test_an_unreachable_hub_is_one_message_with_the_remedy(policy, tmp_path):
+    done = start("train_grpo.py", *flags(policy, "openai/gsm8k", tmp_path / "run"), HF_HUB_CACHE=tmp_path / "empty")
+    assert done.returncode == 1
+    assert "--dataset_name FOLDER" in done.stderr
+    assert "HF_ENDPOINT" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_without_weights_is_one_message(policy, data, tmp_path):
+    shutil.copytree(policy, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    done = start("train_grpo.py", *flags(tmp_path / "model", data, tmp_path / "run"))
+    assert done.returncode == 1
+    assert "model.safetensors" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_the_recipes_and_trls_flags(capsys):
+    with pytest.raises(SystemExit) as exit:
+        train_grpo.main(["--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--demo", "--max_prompt_length", "--num_generations", "--lora_r", "--report_to"):
+        assert flag in text
+
+
+# ---- the demo
+
+
+@pytest.mark.slow
+def test_the_demo_goes_from_under_10_to_over_90_percent(tmp_path):
+    output = tmp_path / "demo"
+    done = start("train_grpo.py", "--demo", "--output_dir", output, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    before = json.loads((output / "evaluation_before.json").read_text())
+    after = json.loads((output / "evaluation_after.json").read_text())
+    assert before["n"] == after["n"] == 200
+    assert before["strict_accuracy"] < 0.10
+    assert after["strict_accuracy"] > 0.90
+    assert "before GRPO" in done.stdout
+
+    again = start("train_grpo.py", "--demo", "--output_dir", output, "--max_steps", 1, timeout=300)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert "is replaced" in again.stdout
+    assert "taught by an earlier demo" in again.stdout
+    assert json.loads((output / "run.json").read_text())["settings"]["max_steps"] == 1
+
+
+# ---- the tree
+
+
+def test_no_module_imports_upwards():
+    """rewards; gsm8k; record; evaluate, demo, safeguards; train_grpo on top."""
+    floors = {"rewards": 0, "gsm8k": 1, "record": 2, "evaluate": 3, "demo": 3, "safeguards": 3, "train_grpo": 4}
+    for name, floor in floors.items():
+        text = (ROOT / f"{name}.py").read_text()
+        for imported in re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE):
+            if imported in floors:
+                assert floors[imported] < floor, f"{name} imports {imported}"

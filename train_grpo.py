@@ -1,0 +1,295 @@
+"""GRPO on GSM8K: teach a small instruct model to reason, with verifiable rewards, in one readable script.
+
+    python train_grpo.py                                   # a CUDA GPU: Qwen2.5-1.5B-Instruct on GSM8K
+    python train_grpo.py --demo                            # any machine, offline: the whole story in minutes
+    python train_grpo.py --learning_rate 1e-6 --use_peft   # every TRL flag works; --help lists them
+
+A step samples a group of G completions for each of a few prompts, scores them with the functions of rewards.py, and
+raises the probability of the better ones. The objective is TRL's GRPOTrainer with its `dapo` loss: the advantage of a
+completion is (reward - mean of its group) / std of its group, and token losses are averaged over all completion tokens
+of the step rather than per completion, so that long completions are not discounted. There is no critic, and at BETA 0
+no reference model.
+
+Change the constants below, or override any of them on the command line.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import GRPOConfig, ModelConfig, TrlParser
+
+import demo
+from safeguards import checkpoints, find_problems, vllm_is_usable
+
+# ---- policy
+MODEL = "Qwen/Qwen2.5-1.5B-Instruct"  # name on the Hub or local folder; an instruct model, for its chat template
+CHAT_TEMPLATE_KWARGS = {}  # Qwen3 needs {"enable_thinking": False}: the reasoning belongs in our tags
+
+# ---- data
+DATASET = "openai/gsm8k"  # name on the Hub, or a folder with train.jsonl and test.jsonl
+DATASET_CONFIG = "main"  # of a Hub dataset; a folder has none
+MAX_PROMPT_LENGTH = 256  # tokens, chat template included; longer prompts are dropped, and counted aloud
+
+# ---- run
+OUTPUT_DIR = "outputs/Qwen2.5-1.5B-GRPO"
+SEED = 42
+EPOCHS = 1  # over GSM8K's 7,473 problems: 1,868 steps
+MAX_STEPS = -1  # optimizer steps; above 0 it overrides EPOCHS
+SAVE_STEPS = 100
+LOGGING_STEPS = 1
+SAMPLE_EVERY = 10  # steps between printed samples; 0 prints none
+
+# ---- groups
+NUM_GENERATIONS = 16  # completions a prompt: the group that an advantage is relative to
+MAX_COMPLETION_LENGTH = (
+    512  # tokens; at the original's 200 many are cut before their answer, and a cut one earns nothing
+)
+TEMPERATURE = 0.9  # higher gives more varied groups; 0.7 to 1.0 is the useful range
+
+# ---- batch
+PER_DEVICE_BATCH_SIZE = 16  # completions a forward and backward pass; TRL counts completions, not prompts
+GRADIENT_ACCUMULATION_STEPS = 4  # passes a step: 16 x 4 = 64 completions, 4 prompts, generated all at once
+GRADIENT_CHECKPOINTING = True  # recomputes activations in the backward pass: less memory, about 20% slower updates
+
+# ---- optimizer
+LEARNING_RATE = 5e-6
+ADAM_BETA1 = 0.9
+ADAM_BETA2 = 0.99
+WEIGHT_DECAY = 0.1
+LR_SCHEDULE = "cosine"
+WARMUP = 0.1  # share of all steps
+MAX_GRAD_NORM = 0.1
+BETA = 0.0  # weight of the KL to the initial policy; above 0 loads that reference model too
+
+# ---- precision and speed
+DTYPE = (
+    "float32"  # master weights: at this learning rate a step changes only some 8% of bf16 weights, the rest round away
+)
+BF16 = True  # compute in bf16
+USE_VLLM = None  # None: vLLM in this process where it is installed and a GPU is there; True and False insist
+
+DEFAULTS = {  # the constants under TRL's names for them, which are the flags
+    "model_name_or_path": MODEL,
+    "chat_template_kwargs": CHAT_TEMPLATE_KWARGS,
+    "dataset_name": DATASET,
+    "dataset_config": DATASET_CONFIG,
+    "max_prompt_length": MAX_PROMPT_LENGTH,
+    "output_dir": OUTPUT_DIR,
+    "seed": SEED,
+    "num_train_epochs": EPOCHS,
+    "max_steps": MAX_STEPS,
+    "save_steps": SAVE_STEPS,
+    "logging_steps": LOGGING_STEPS,
+    "sample_every": SAMPLE_EVERY,
+    "num_generations": NUM_GENERATIONS,
+    "max_completion_length": MAX_COMPLETION_LENGTH,
+    "temperature": TEMPERATURE,
+    "per_device_train_batch_size": PER_DEVICE_BATCH_SIZE,
+    "gradient_accumulation_steps": GRADIENT_ACCUMULATION_STEPS,
+    "gradient_checkpointing": GRADIENT_CHECKPOINTING,
+    "learning_rate": LEARNING_RATE,
+    "adam_beta1": ADAM_BETA1,
+    "adam_beta2": ADAM_BETA2,
+    "weight_decay": WEIGHT_DECAY,
+    "lr_scheduler_type": LR_SCHEDULE,
+    "warmup_steps": WARMUP,
+    "max_grad_norm": MAX_GRAD_NORM,
+    "beta": BETA,
+    "dtype": DTYPE,
+    "bf16": BF16,
+    "use_vllm": USE_VLLM,
+    "log_completions": True,  # writes OUTPUT_DIR/completions/*.parquet
+    "num_completions_to_print": 0,  # and prints none of it: SAMPLE_EVERY does, readably
+}
+
+
+@dataclass
+class RecipeConfig:
+    """The recipe's own flags, beside those of TRL's GRPOConfig and ModelConfig."""
+
+    dataset_name: str = field(
+        default=DATASET, metadata={"help": "Hub name, or folder with train.jsonl and test.jsonl."}
+    )
+    dataset_config: str | None = field(default=DATASET_CONFIG, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split that evaluate.py measures on."})
+    max_prompt_length: int = field(default=MAX_PROMPT_LENGTH, metadata={"help": "Longer prompts are dropped (tokens)."})
+    sample_every: int = field(default=SAMPLE_EVERY, metadata={"help": "Steps between printed samples; 0: none."})
+    demo: bool = field(default=False, metadata={"help": "A tiny policy on made-up sums: any machine, offline."})
+
+
+# ---- settings
+
+
+class RecipeParser(TrlParser):
+    """TrlParser that reports every problem at once, before any config object exists to stop at its first one."""
+
+    def __init__(self, is_demo: bool):
+        super().__init__(
+            (RecipeConfig, GRPOConfig, ModelConfig),
+            usage="python train_grpo.py [--demo] [--config FILE.yaml] [--FLAG VALUE ...]",
+            description=__doc__.partition("\n")[0],
+            allow_abbrev=False,
+        )
+        self.is_demo = is_demo
+        self.set_defaults(**DEFAULTS)
+        if is_demo:
+            self.set_defaults(**demo.settings())
+
+    def parse_known_args(self, args=None, namespace=None):
+        flags, unknown = super().parse_known_args(args, namespace)
+        if flags.demo != self.is_demo:
+            self.error("the demo is asked for by a bare `--demo` on the command line, without true or false")
+        problems = [f"unknown flag or stray value {word!r}; --help lists all flags" for word in unknown]
+        problems += find_problems(flags)
+        if problems:
+            self.exit(2, "train_grpo.py cannot start:\n" + "".join(f"  - {problem}\n" for problem in problems))
+        if flags.demo:
+            demo.name_sources(flags)
+        if flags.use_vllm is None:
+            flags.use_vllm = not flags.use_cpu and vllm_is_usable()
+        return flags, unknown
+
+    def error(self, message):
+        self.exit(2, f"train_grpo.py: {message}\n{self.usage}\n")
+
+
+def read_settings(argv: list[str] | None = None) -> tuple[RecipeConfig, GRPOConfig, ModelConfig]:
+    """Constants, overridden by a --config file, overridden by flags. Exits with status 2 and every problem found."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = RecipeParser(is_demo="--demo" in argv)
+    try:
+        recipe, config, model_config = parser.parse_args_and_config(argv)
+    except (ValueError, OSError, IndexError) as error:  # TRL's own objections; no or no readable --config file
+        parser.error(str(error))
+    if config.resume_from_checkpoint == "auto":
+        config.resume_from_checkpoint = str(checkpoints(config.output_dir)[-1])
+    if config.use_vllm and config.vllm_max_model_length is None:
+        # vLLM would reserve cache for the model's whole context, 32,768 tokens for Qwen2.5
+        config.vllm_max_model_length = recipe.max_prompt_length + config.max_completion_length
+    config.model_init_kwargs = {
+        "revision": model_config.model_revision,
+        "dtype": model_config.dtype,
+        "attn_implementation": model_config.attn_implementation,
+        "use_safetensors": True,  # other formats are pickles, which run code when they are loaded
+        **(config.model_init_kwargs or {}),
+    }
+    return recipe, config, model_config
+
+
+# ---- the method
+
+
+def load_samples(recipe: RecipeConfig, config: GRPOConfig, tokenizer) -> tuple[list[dict], str | None]:
+    """Training samples (`prompt`, `answer`) whose prompt fits, and the dataset's revision on the Hub."""
+    from gsm8k import BadInput, drop_long, load_problems, to_samples
+
+    problems, revision = load_problems(recipe.dataset_name, recipe.dataset_config, recipe.dataset_train_split)
+    samples = to_samples(problems)
+    kept = drop_long(samples, tokenizer, recipe.max_prompt_length, config.chat_template_kwargs or {})
+    print(
+        f"{recipe.dataset_name}: {len(kept):,} problems to train on; {len(samples) - len(kept):,} dropped, the prompt "
+        f"over MAX_PROMPT_LENGTH = {recipe.max_prompt_length} tokens"
+    )
+    prompts_at_once = config.generation_batch_size // config.num_generations
+    if len(kept) < prompts_at_once:
+        raise BadInput(
+            f"{len(kept)} problems are fewer than the {prompts_at_once} prompts that are generated at once: raise "
+            f"MAX_PROMPT_LENGTH ({recipe.max_prompt_length}) or take more data"
+        )
+    return kept, revision
+
+
+def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig, tokenizer, samples: list[dict]):
+    """TRL's GRPOTrainer with the five rewards."""
+    from datasets import Dataset
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import GRPOTrainer, get_peft_config, get_quantization_config
+
+    from gsm8k import BadInput
+    from record import progress_callback
+    from rewards import REWARD_FUNCS
+
+    try:
+        trainer = GRPOTrainer(
+            model=model_config.model_name_or_path,
+            reward_funcs=REWARD_FUNCS,
+            args=config,
+            train_dataset=Dataset.from_list(samples),
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model_config),
+            peft_config=get_peft_config(model_config),
+        )
+    except OSError as error:  # no weights, or none as safetensors
+        raise BadInput(f"model {model_config.model_name_or_path!r}: {str(error).strip()}") from error
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    trainer.add_callback(progress_callback(trainer, model_config.model_name_or_path, recipe.sample_every))
+    return trainer
+
+
+def train(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -> None:
+    """Train from the first sample to the saved policy; OUTPUT_DIR/run.json says what ran and how it ended."""
+    from gsm8k import load_tokenizer
+    from record import device_name, recorded
+    from rewards import SYSTEM_PROMPT
+
+    tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision, config.trust_remote_code)
+    samples, dataset_revision = load_samples(recipe, config, tokenizer)
+    trainer = build_trainer(recipe, config, model_config, tokenizer, samples)
+    facts = {
+        "settings": {**vars(recipe), **vars(model_config), **config.to_dict()},
+        "system_prompt": SYSTEM_PROMPT,
+        "model_revision": getattr(trainer.model.config, "_commit_hash", None),
+        "dataset_revision": dataset_revision,
+        "problems": len(samples),
+        "device": device_name(config.device),
+    }
+    with recorded(Path(config.output_dir), **facts):
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        trainer.save_model()
+    print(f"saved: the trained policy and its tokenizer in {config.output_dir}")
+
+
+def measure(policy: str, recipe: RecipeConfig, config: GRPOConfig, name: str) -> dict:
+    """Greedy accuracy of a policy on the test split, also written to OUTPUT_DIR/`name`.json."""
+    import json
+
+    from evaluate import evaluate
+    from record import write_whole
+
+    print(f"{name.replace('_', ' ')}: greedy decoding on held-out problems")
+    report, _ = evaluate(
+        policy,
+        recipe.dataset_name,
+        recipe.dataset_config,
+        recipe.dataset_test_split,
+        max_completion_length=config.max_completion_length,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+    write_whole(Path(config.output_dir) / f"{name}.json", json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, config, model_config = read_settings(argv)
+    from gsm8k import BadInput
+
+    try:
+        if recipe.demo:
+            demo.prepare(config.output_dir, config.seed, config.use_cpu, fresh=config.resume_from_checkpoint is None)
+            before = measure(model_config.model_name_or_path, recipe, config, "evaluation_before")
+        train(recipe, config, model_config)
+        if recipe.demo:
+            from evaluate import table
+
+            after = measure(config.output_dir, recipe, config, "evaluation_after")
+            print(table({"before GRPO": before, "after GRPO": after}))
+    except BadInput as error:
+        sys.exit(f"train_grpo.py: {error}")
+    print(f"next:  python evaluate.py {config.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
