@@ -249,7 +249,7 @@ def test_a_config_file_with_an_unknown_name_is_refused(tmp_path, capsys):
 
 def test_all_problems_are_reported_together(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        words = "--num_generations 1 --temperature 0 --nonsense 1 --dataset_name ./nowhere".split()
+        words = ["--num_generations", "1", "--temperature", "0", "--nonsense", "1", "--dataset_name", "./nowhere"]
         train_grpo.main(["--output_dir", str(tmp_path), *words])
     error = capsys.readouterr().err
     wanted = ["NUM_GENERATIONS", "TEMPERATURE", "--nonsense", "./nowhere"]
