@@ -65,6 +65,8 @@ def settings() -> dict:
         "learning_rate": LEARNING_RATE,
         "max_steps": MAX_STEPS,
         "max_completion_length": MAX_COMPLETION_LENGTH,
+        "eval_steps": 20,
+        "eval_problems": 100,
         "gradient_checkpointing": False,
         "use_vllm": False,  # its start takes longer than the demo
         "use_cpu": not has_gpu,

@@ -1,7 +1,7 @@
 """Greedy accuracy of a policy on held-out problems, zero-shot, with the prompt it was trained on.
 
     python evaluate.py outputs/MyRun                        # the whole test split
-    python evaluate.py Qwen/Qwen2.5-1.5B-Instruct --limit 200
+    python evaluate.py outputs/MyRun --compare Qwen/Qwen2.5-1.5B-Instruct --limit 200
     python evaluate.py outputs/MyRun --ask "how many r's are in strawberry?"
 
 Strict accuracy counts the right number in the required format, lenient accuracy the right number as the last one
@@ -10,19 +10,34 @@ anywhere in the text: the gap between them is format, not arithmetic.
 
 import argparse
 import json
+import random
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from gsm8k import BadInput, load_problems, load_tokenizer, to_prompt
 from record import printable, read_run, set_aside, write_whole
 from rewards import SYSTEM_PROMPT, extract_xml_answer, is_strict_format, reflects, same_number
+from safeguards import vllm_is_usable
 
 DATASET = "openai/gsm8k"  # Hub name or folder, where neither the run nor a flag names one
 DATASET_CONFIG = "main"
 SPLIT = "test"
 MAX_COMPLETION_LENGTH = 512  # tokens
 BATCH_SIZE = 64  # problems at a time
+
+SIGNIFICANCE = 0.05  # a p-value from here on is no difference
+
+# of a report's table, with their format
+ROWS = {
+    "strict_accuracy": ".1%",
+    "lenient_accuracy": ".1%",
+    "format_rate": ".1%",
+    "truncated_rate": ".1%",
+    "mean_completion_tokens": ".1f",
+    "reflection_rate": ".1%",
+}
 
 LAST_NUMBER = re.compile(r"(?:(?<![\w.,])-)?\$?[0-9][0-9,]*(?:\.[0-9]+)?")
 
@@ -57,6 +72,7 @@ def complete(
     max_completion_length: int,
     batch_size: int = BATCH_SIZE,
     chat_template_kwargs: dict | None = None,
+    progress: bool = True,
 ) -> list[dict]:
     """Greedy completions of B conversational prompts, in their order.
 
@@ -86,7 +102,8 @@ def complete(
     )["input_ids"]
     order = sorted(range(len(prompts)), key=lambda i: -len(token_ids[i]))
     completions: list[dict] = [{}] * len(prompts)
-    with tqdm(total=len(prompts), unit="problem", dynamic_ncols=True) as bar, torch.inference_mode():
+    bar = tqdm(total=len(prompts), unit="problem", dynamic_ncols=True, disable=None if progress else True)
+    with bar, torch.no_grad():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = tokenizer.pad(
@@ -100,6 +117,23 @@ def complete(
                 completions[i] = {"text": text, "tokens": len(ids), "truncated": end is None}
             bar.update(len(chosen))
     return completions
+
+
+def complete_with_vllm(
+    name: str, revision: str | None, tokenizer, prompts: list[list[dict]], task: "Task"
+) -> list[dict]:
+    """`complete` with vLLM, which loads the model itself and batches as it sees fit."""
+    from vllm import LLM, SamplingParams
+
+    token_ids = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, return_dict=True, **task.chat_template_kwargs
+    )["input_ids"]
+    longest = max(map(len, token_ids)) + task.max_completion_length
+    engine = LLM(model=name, revision=revision, dtype="bfloat16", max_model_len=longest, generation_config="vllm")
+    sampling = SamplingParams(temperature=0.0, max_tokens=task.max_completion_length)
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in token_ids], sampling)
+    completions = [output.outputs[0] for output in outputs]
+    return [{"text": c.text, "tokens": len(c.token_ids), "truncated": c.finish_reason == "length"} for c in completions]
 
 
 # ---- scores
@@ -152,20 +186,24 @@ def summarize(rows: list[dict]) -> dict:
     }
 
 
-def evaluate(
-    model_name: str,
-    dataset_name: str,
-    dataset_config: str | None,
-    split: str,
-    *,
-    max_completion_length: int,
-    chat_template_kwargs: dict | None = None,
-    system_prompt: str = SYSTEM_PROMPT,
-    model_revision: str | None = None,
-    limit: int | None = None,
-    batch_size: int = BATCH_SIZE,
-) -> tuple[dict, list[dict]]:
-    """Evaluate a policy on a split, or on its first `limit` problems.
+@dataclass(frozen=True)
+class Task:
+    """What an evaluation measures on; two are comparable only where it is the same."""
+
+    dataset_name: str
+    dataset_config: str | None
+    split: str
+    max_completion_length: int  # tokens
+    chat_template_kwargs: dict
+    system_prompt: str = SYSTEM_PROMPT
+    limit: int | None = None  # only the first so many problems
+
+    def problems(self) -> list[dict]:
+        return load_problems(self.dataset_name, self.dataset_config, self.split)[0][: self.limit]
+
+
+def evaluate(name: str, task: Task, *, revision: str | None = None, batch_size: int = BATCH_SIZE):
+    """Evaluate a policy.
 
     Returns:
         The report (evaluation.json) and the scored problems (the lines of evaluation.jsonl).
@@ -173,41 +211,150 @@ def evaluate(
     Raises:
         BadInput: the model or the problems cannot be loaded.
     """
-    tokenizer = load_tokenizer(model_name, model_revision)
-    problems, _ = load_problems(dataset_name, dataset_config, split)
-    problems = problems[:limit]
-    model = load_policy(model_name, model_revision)
-    prompts = [to_prompt(problem["question"], system_prompt) for problem in problems]
-    completions = complete(model, tokenizer, prompts, max_completion_length, batch_size, chat_template_kwargs)
+    tokenizer = load_tokenizer(name, revision)
+    problems = task.problems()
+    prompts = [to_prompt(problem["question"], task.system_prompt) for problem in problems]
+    if vllm_is_usable() and not (Path(name) / "adapter_config.json").exists():  # vLLM loads whole models
+        completions = complete_with_vllm(name, revision, tokenizer, prompts, task)
+    else:
+        policy = load_policy(name, revision)
+        length, kwargs = task.max_completion_length, task.chat_template_kwargs
+        completions = complete(policy, tokenizer, prompts, length, batch_size, kwargs)
     rows = [score(i, *pair) for i, pair in enumerate(zip(problems, completions, strict=True))]
-    report = {"model": model_name, "dataset": dataset_name, "split": split, **summarize(rows)}
-    report["max_completion_length"] = max_completion_length
-    report["chat_template_kwargs"] = chat_template_kwargs or {}
-    report["system_prompt"] = system_prompt
+    report = {"model": name, "dataset": task.dataset_name, "split": task.split, **summarize(rows)}
+    report["max_completion_length"] = task.max_completion_length
+    report["chat_template_kwargs"] = task.chat_template_kwargs
+    report["system_prompt"] = task.system_prompt
     return report, rows
 
 
+# ---- comparison
+
+
+def load_evaluation(folder: Path, task: Task) -> tuple[dict, list[dict]]:
+    """A finished evaluation of the same task out of a folder.
+
+    Raises:
+        BadInput: it is damaged, or measured something else; the message says what.
+    """
+    try:
+        report = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
+        asked = [(row["question"], row["gold"]) for row in rows]
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{folder}: its evaluation cannot be read ({error!r}); evaluate it again") from error
+    differing = [
+        f"{name.replace('_', ' ')}: {report.get(name)!r} there, {getattr(task, name)!r} here"
+        for name in ("max_completion_length", "chat_template_kwargs", "system_prompt")
+        if report.get(name) != getattr(task, name)
+    ]
+    wanted = [(problem["question"], problem["answer"]) for problem in task.problems()]
+    if asked != wanted:
+        same = sum(first == second for first, second in zip(asked, wanted, strict=False))
+        differing.insert(0, f"problems: {len(asked)} there, {len(wanted)} here, {same} of them the same")
+    if differing:
+        raise BadInput(f"{folder}: its evaluation is not comparable. " + "; ".join(differing))
+    return report, rows
+
+
+def compare(rows: list[dict], baseline: list[dict]) -> dict:
+    """Paired comparison of strict results: the four counts, the difference, and the exact p-value of McNemar's test.
+
+    Only problems that exactly one of the two gets right say anything: were the two equally good, each such problem
+    would fall to either with probability 1/2 (McNemar 1947, in its exact binomial form).
+    """
+    from scipy.stats import binomtest
+
+    pairs = [(row["strict"], other["strict"]) for row, other in zip(rows, baseline, strict=True)]
+    gained, lost = pairs.count((True, False)), pairs.count((False, True))
+    return {
+        "difference": (gained - lost) / len(pairs),
+        "both_right": pairs.count((True, True)),
+        "only_model_right": gained,
+        "only_baseline_right": lost,
+        "both_wrong": pairs.count((False, False)),
+        "mcnemar_p": binomtest(gained, gained + lost).pvalue if gained + lost else 1.0,
+        "n": len(pairs),
+    }
+
+
+def in_words(comparison: dict) -> str:
+    """The comparison as a sentence: a difference, or none that so many problems could show."""
+    p, n, points = comparison["mcnemar_p"], comparison["n"], 100 * comparison["difference"]
+    p_text = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    if p >= SIGNIFICANCE:
+        return f"no difference that n = {n:,} could show ({points:+.1f} points, {p_text})"
+    return f"{'better' if points > 0 else 'worse'} by {abs(points):.1f} points, {p_text}, n = {n:,}"
+
+
 def table(reports: dict[str, dict]) -> str:
-    """A column for each named report."""
-    lines = [f"{'':<24}" + "".join(f"{name:>18}" for name in reports)]
-    for key in ("strict_accuracy", "lenient_accuracy", "format_rate", "truncated_rate", "reflection_rate"):
-        lines.append(f"{key.replace('_', ' '):<24}" + "".join(f"{report[key]:>18.1%}" for report in reports.values()))
+    """A column for each named report; of two, also the second minus the first."""
+    first, last = next(iter(reports.values())), next(reversed(reports.values()))
+    width = max(18, *(len(name) + 2 for name in reports))
+    lines = [f"{'':<24}" + "".join(f"{name:>{width}}" for name in reports)]
+    lines[0] += f"{'difference':>12}" if len(reports) == 2 else ""
+    for key, unit in ROWS.items():
+        line = f"{key.replace('_', ' '):<24}" + "".join(f"{report[key]:>{width}{unit}}" for report in reports.values())
+        if len(reports) == 2:
+            change = last[key] - first[key]
+            line += f"{100 * change:>+12.1f}" if unit == ".1%" else f"{change:>+12.1f}"
+        lines.append(line)
         if key == "strict_accuracy":
             intervals = (f"{low:.1%} - {high:.1%}" for low, high in (r["strict_ci95"] for r in reports.values()))
-            lines.append(f"{'  95% interval':<24}" + "".join(f"{interval:>18}" for interval in intervals))
-    tokens = "".join(f"{report['mean_completion_tokens']:>18.1f}" for report in reports.values())
-    lines.append(f"{'mean completion tokens':<24}{tokens}")
-    lines.append(f"{'problems (n)':<24}" + "".join(f"{report['n']:>18,}" for report in reports.values()))
+            lines.append(f"{'  95% interval':<24}" + "".join(f"{interval:>{width}}" for interval in intervals))
+    lines.append(f"{'problems (n)':<24}" + "".join(f"{report['n']:>{width},}" for report in reports.values()))
     return "\n".join(lines)
+
+
+# ---- while training
+
+
+def held_out_callback(trainer, tokenizer, task: Task, sample: int, every: int):
+    """Measure the policy in training greedily on `sample` problems, the same ones each time: before the first step,
+    every `every` steps and after the last. Logged as `eval_strict_accuracy` and so on.
+
+    Training does not feel it: weights, random state and generation settings are left as they were.
+    """
+    import torch
+    from transformers import Trainer, TrainerCallback
+
+    problems = task.problems()
+    problems = random.Random(0).sample(problems, min(sample, len(problems)))
+    prompts = [to_prompt(problem["question"], task.system_prompt) for problem in problems]
+
+    def measure() -> None:
+        policy, on = trainer.model, trainer.args.device
+        settings = policy.generation_config
+        policy.eval()
+        with torch.random.fork_rng(devices=[on] if on.type == "cuda" else []):
+            length, kwargs = task.max_completion_length, task.chat_template_kwargs
+            completions = complete(policy, tokenizer, prompts, length, BATCH_SIZE, kwargs, progress=False)
+        policy.generation_config = settings
+        rows = [score(i, *pair) for i, pair in enumerate(zip(problems, completions, strict=True))]
+        report = {f"eval_{key}": value for key, value in summarize(rows).items() if key != "strict_ci95"}
+        Trainer.log(trainer, report)  # TRL's own log would empty its buffer of training metrics into this
+        policy.train()
+
+    class HeldOut(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                measure()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % every == 0 or state.global_step == state.max_steps:
+                measure()
+
+    return HeldOut()
 
 
 # ---- the command
 
 
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
     """Flags; what none names comes from the run that trained the model, else from the constants above."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("model", help="Hub name, local folder, or a run's folder or checkpoint")
+    parser.add_argument("--compare", metavar="BASELINE", help="another model, or a folder that holds its evaluation")
     parser.add_argument("--model_revision", help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--dataset_name", help=f"Hub name or folder (default: the run's, else {DATASET})")
     parser.add_argument("--dataset_config", help=f"Hub configuration (default: the run's, else {DATASET_CONFIG})")
@@ -238,47 +385,79 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     for name, default in defaults.items():
         if getattr(flags, name) is None:
             setattr(flags, name, settings.get(name, default))
-    flags.system_prompt = run.get("system_prompt", SYSTEM_PROMPT)
-    if flags.output_dir is None:
-        here = Path(flags.model).expanduser()
-        flags.output_dir = str(here if here.is_dir() else Path("outputs") / flags.model.replace("/", "--"))
-    return flags
+    task = Task(
+        flags.dataset_name,
+        flags.dataset_config,
+        flags.dataset_test_split,
+        flags.max_completion_length,
+        flags.chat_template_kwargs,
+        run.get("system_prompt", SYSTEM_PROMPT),
+        flags.limit,
+    )
+    return flags, task
 
 
-def ask(flags: argparse.Namespace) -> str:
+def ask(flags: argparse.Namespace, task: Task) -> str:
     tokenizer = load_tokenizer(flags.model, flags.model_revision)
-    model = load_policy(flags.model, flags.model_revision)
-    prompt = to_prompt(flags.ask, flags.system_prompt)
-    answer = complete(
-        model, tokenizer, [prompt], flags.max_completion_length, chat_template_kwargs=flags.chat_template_kwargs
-    )[0]
+    policy = load_policy(flags.model, flags.model_revision)
+    prompt = to_prompt(flags.ask, task.system_prompt)
+    length, kwargs = task.max_completion_length, task.chat_template_kwargs
+    answer = complete(policy, tokenizer, [prompt], length, chat_template_kwargs=kwargs, progress=False)[0]
     return printable(answer["text"]) + (" [cut off]" if answer["truncated"] else "")
 
 
+def home(name: str) -> Path:
+    """The folder a model's evaluation goes to: its own, or one under outputs/ for a model on the Hub."""
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else Path("outputs") / name.replace("/", "--")
+
+
+def baseline_evaluation(flags: argparse.Namespace, task: Task) -> tuple[dict, list[dict]]:
+    """The baseline's evaluation: the one in its folder, else made and saved there now."""
+    folder = home(flags.compare)
+    if (folder / "evaluation.jsonl").is_file():
+        print(f"baseline: the evaluation in {folder}")
+        return load_evaluation(folder, task)
+    print(f"baseline: {flags.compare}")
+    report, rows = evaluate(flags.compare, task, batch_size=flags.batch_size)
+    save(folder, report, rows)
+    return report, rows
+
+
+def run(flags: argparse.Namespace, task: Task) -> None:
+    """Evaluate, compare where asked to, write and print."""
+    baseline = baseline_evaluation(flags, task) if flags.compare else None
+    print(f"model: {flags.model}")
+    report, rows = evaluate(flags.model, task, revision=flags.model_revision, batch_size=flags.batch_size)
+    columns = {Path(flags.model).name: report}
+    if baseline:
+        report["comparison"] = {"baseline": flags.compare, **compare(rows, baseline[1])}
+        columns = {"baseline": baseline[0], "model": report}
+    folder = Path(flags.output_dir or home(flags.model))
+    save(folder, report, rows)
+    print(table(columns))
+    if baseline:
+        counts = report["comparison"]
+        print(
+            f"strict results in pairs: both right {counts['both_right']}, only the model {counts['only_model_right']}, "
+            f"only the baseline {counts['only_baseline_right']}, both wrong {counts['both_wrong']}\n"
+            f"{flags.model} against {flags.compare}: {in_words(counts)}"
+        )
+    print(f"written: {folder / 'evaluation.json'}, {folder / 'evaluation.jsonl'}")
+
+
 def main(argv: list[str] | None = None) -> None:
-    flags = parse_flags(argv)
+    flags, task = parse_flags(argv)
     try:
         if flags.ask is not None:
-            print(ask(flags))
-            return
-        report, rows = evaluate(
-            flags.model,
-            flags.dataset_name,
-            flags.dataset_config,
-            flags.dataset_test_split,
-            max_completion_length=flags.max_completion_length,
-            chat_template_kwargs=flags.chat_template_kwargs,
-            system_prompt=flags.system_prompt,
-            model_revision=flags.model_revision,
-            limit=flags.limit,
-            batch_size=flags.batch_size,
-        )
+            print(ask(flags, task))
+        else:
+            run(flags, task)
     except BadInput as error:
         sys.exit(f"evaluate.py: {error}")
-    folder = Path(flags.output_dir)
-    save(folder, report, rows)
-    print(table({Path(flags.model).name: report}))
-    print(f"written: {folder / 'evaluation.json'}, {folder / 'evaluation.jsonl'}")
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
 def save(folder: Path, report: dict, rows: list[dict]) -> None:

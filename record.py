@@ -10,9 +10,15 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from statistics import mean
 
 from rewards import REWARD_FUNCS, completion_text, extract_xml_answer
 
+NO_SIGNAL_STEPS = 10
+NO_SIGNAL_WARNING = (
+    f"for {NO_SIGNAL_STEPS} steps every group's completions all earned the same, so nothing was learned. Take a model "
+    "that can follow the format, fine-tune it briefly on the format first (a cold start), or take easier problems"
+)
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "vllm")
 
 
@@ -206,6 +212,43 @@ def step_line(step: int, max_steps: int, logs: dict) -> str:
     return "  ".join(parts)
 
 
+def held_out_line(step: int, max_steps: int, logs: dict) -> str:
+    """Greedy accuracy on the held-out sample."""
+    return (
+        f"held out at step {step}/{max_steps}: strict {logs['eval_strict_accuracy']:.1%}, lenient "
+        f"{logs['eval_lenient_accuracy']:.1%}, format {logs['eval_format_rate']:.1%}, "
+        f"length {logs['eval_mean_completion_tokens']:.0f}, reflection {logs['eval_reflection_rate']:.1%}, "
+        f"n = {logs['eval_n']}"
+    )
+
+
+def closing_remarks(log: list[dict]) -> list[str]:
+    """What a log says against its own success: the reward rose over the run's last quarter while held-out lenient
+    accuracy fell below the 95% Wilson interval of its value before."""
+    from scipy.stats import binomtest
+
+    trained = [row for row in log if row.get("reward") is not None]
+    measured = [row for row in log if "eval_lenient_accuracy" in row]
+    if len(trained) < 8 or len(measured) < 2:
+        return []
+    quarter_starts = trained[-1]["step"] * 3 / 4
+    earlier = [row for row in measured if row["step"] <= quarter_starts]
+    rewards = [row["reward"] for row in trained if row["step"] > quarter_starts]
+    half = len(rewards) // 2
+    rose = mean(rewards[half:]) > mean(rewards[:half])
+    first, last = earlier[-1] if earlier else measured[0], measured[-1]
+    right = round(first["eval_lenient_accuracy"] * first["eval_n"])
+    lowest = binomtest(right, int(first["eval_n"])).proportion_ci(method="wilson").low
+    if not (rose and last["eval_lenient_accuracy"] < lowest):
+        return []
+    return [
+        f"the reward rose over the last quarter, but held-out lenient accuracy fell from "
+        f"{first['eval_lenient_accuracy']:.1%} at step {first['step']} to {last['eval_lenient_accuracy']:.1%} at step "
+        f"{last['step']}, beyond its 95% interval. The policy may be earning reward without solving problems: read the "
+        "samples, and prefer an earlier checkpoint"
+    ]
+
+
 def sample_text(step: int, question: str, gold: str, response: str) -> str:
     """One completion as the rewards see it."""
     completion = [[{"role": "assistant", "content": response}]]
@@ -225,6 +268,9 @@ def progress_callback(trainer, model: str, sample_every: int):
     from transformers import ProgressCallback
 
     class Progress(ProgressCallback):
+        silent_steps = 0  # in a row, without a reward spread in any group
+        warned = False
+
         def on_train_begin(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
                 print(plan(trainer, state.max_steps, model, state.global_step), flush=True)
@@ -232,8 +278,16 @@ def progress_callback(trainer, model: str, sample_every: int):
             self.current_step = 0
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if state.is_world_process_zero and "reward" in logs:
+            if not state.is_world_process_zero:
+                return
+            if "eval_strict_accuracy" in logs:
+                self.training_bar.write(held_out_line(state.global_step, state.max_steps, logs))
+            if "reward" in logs:
                 self.training_bar.write(step_line(state.global_step, state.max_steps, logs))
+                self.silent_steps = self.silent_steps + args.logging_steps if logs["frac_reward_zero_std"] == 1 else 0
+                if self.silent_steps >= NO_SIGNAL_STEPS and not self.warned:
+                    self.warned = True
+                    self.training_bar.write(f"WARNING: {NO_SIGNAL_WARNING}")
 
         def on_step_end(self, args, state, control, **kwargs):
             super().on_step_end(args, state, control, **kwargs)

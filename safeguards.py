@@ -68,6 +68,7 @@ AT_LEAST_ONE = {
     "max_completion_length": "MAX_COMPLETION_LENGTH",
     "per_device_train_batch_size": "PER_DEVICE_BATCH_SIZE",
     "gradient_accumulation_steps": "GRADIENT_ACCUMULATION_STEPS",
+    "eval_problems": "EVAL_PROBLEMS",
 }
 ABOVE_ZERO = {
     "learning_rate": "LEARNING_RATE",
@@ -87,6 +88,8 @@ def _sizes(flags: argparse.Namespace) -> list[str]:
             problems.append(f"{constant} (--{flag}) is {getattr(flags, flag)}; it must be above 0")
     if flags.sample_every < 0:
         problems.append(f"SAMPLE_EVERY (--sample_every) is {flags.sample_every}; 0 turns samples off")
+    if flags.eval_steps < 0 or flags.eval_steps != int(flags.eval_steps):
+        problems.append(f"EVAL_STEPS (--eval_steps) is {flags.eval_steps}; it must be a whole number, 0 turns it off")
     if flags.beta < 0:
         problems.append(f"BETA (--beta) is {flags.beta}; it must be 0 or above")
     if flags.max_steps != -1 and flags.max_steps < 1:
@@ -175,7 +178,7 @@ def _unused(flags: argparse.Namespace) -> list[str]:
     if flags.eval_strategy not in (None, "no") or flags.do_eval or flags.eval_on_start:
         problems.append(
             "--eval_strategy, --do_eval and --eval_on_start: TRL evaluates by sampling at the training temperature, "
-            "which this recipe does not use; measure with evaluate.py"
+            "which this recipe does not use. EVAL_STEPS (--eval_steps) evaluates greedily, evaluate.py a finished run"
         )
     for flag in ("do_train", "do_predict"):
         if getattr(flags, flag):

@@ -39,6 +39,8 @@ MAX_STEPS = -1  # optimizer steps; above 0 it overrides EPOCHS
 SAVE_STEPS = 100
 LOGGING_STEPS = 1
 SAMPLE_EVERY = 10  # steps between printed samples; 0 prints none
+EVAL_STEPS = 100  # steps between greedy evaluations on held-out problems, from step 0 on; 0 turns them off
+EVAL_PROBLEMS = 200  # of the test split, the same ones each time; 95% interval about +-6 points
 
 # ---- groups
 NUM_GENERATIONS = 16  # completions a prompt: the group that an advantage is relative to
@@ -82,6 +84,8 @@ DEFAULTS = {  # the constants under TRL's names for them, which are the flags
     "save_steps": SAVE_STEPS,
     "logging_steps": LOGGING_STEPS,
     "sample_every": SAMPLE_EVERY,
+    "eval_steps": EVAL_STEPS,
+    "eval_problems": EVAL_PROBLEMS,
     "num_generations": NUM_GENERATIONS,
     "max_completion_length": MAX_COMPLETION_LENGTH,
     "temperature": TEMPERATURE,
@@ -116,6 +120,7 @@ class RecipeConfig:
     dataset_test_split: str = field(default="test", metadata={"help": "Split that evaluate.py measures on."})
     max_prompt_length: int = field(default=MAX_PROMPT_LENGTH, metadata={"help": "Longer prompts are dropped (tokens)."})
     sample_every: int = field(default=SAMPLE_EVERY, metadata={"help": "Steps between printed samples; 0: none."})
+    eval_problems: int = field(default=EVAL_PROBLEMS, metadata={"help": "Test problems that eval_steps measures on."})
     demo: bool = field(default=False, metadata={"help": "A tiny policy on made-up sums: any machine, offline."})
 
 
@@ -207,6 +212,8 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
     from transformers import PrinterCallback, ProgressCallback
     from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
+    from curves import curves_callback
+    from evaluate import held_out_callback
     from gsm8k import BadInput
     from record import progress_callback
     from rewards import REWARD_FUNCS
@@ -226,13 +233,17 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     trainer.add_callback(progress_callback(trainer, model_config.model_name_or_path, recipe.sample_every))
+    if config.eval_steps:
+        every, task = int(config.eval_steps), held_out_task(recipe, config)
+        trainer.add_callback(held_out_callback(trainer, tokenizer, task, recipe.eval_problems, every))
+    trainer.add_callback(curves_callback(config.output_dir))
     return trainer
 
 
 def train(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -> None:
     """Train from the first sample to the saved policy; OUTPUT_DIR/run.json says what ran and how it ended."""
     from gsm8k import load_tokenizer
-    from record import device_name, recorded
+    from record import closing_remarks, device_name, recorded
     from rewards import SYSTEM_PROMPT
 
     tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision, config.trust_remote_code)
@@ -249,25 +260,34 @@ def train(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -
     with recorded(Path(config.output_dir), **facts):
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
         trainer.save_model()
-    print(f"saved: the trained policy and its tokenizer in {config.output_dir}")
+        trainer.save_state()  # with the log that curves.py draws
+    for remark in closing_remarks(trainer.state.log_history):
+        print(f"WARNING: {remark}")
+    print(f"saved: the trained policy, its tokenizer and curves.png in {config.output_dir}")
+
+
+def held_out_task(recipe: RecipeConfig, config: GRPOConfig):
+    """What the policy is measured on: the test split, under the limits that it is trained with."""
+    from evaluate import Task
+
+    return Task(
+        recipe.dataset_name,
+        recipe.dataset_config,
+        recipe.dataset_test_split,
+        config.max_completion_length,
+        config.chat_template_kwargs or {},
+    )
 
 
 def measure(policy: str, recipe: RecipeConfig, config: GRPOConfig, name: str) -> dict:
-    """Greedy accuracy of a policy on the test split, also written to OUTPUT_DIR/`name`.json."""
+    """Greedy accuracy of a policy on the whole test split, also written to OUTPUT_DIR/`name`.json."""
     import json
 
     from evaluate import evaluate
     from record import write_whole
 
     print(f"{name.replace('_', ' ')}: greedy decoding on held-out problems")
-    report, _ = evaluate(
-        policy,
-        recipe.dataset_name,
-        recipe.dataset_config,
-        recipe.dataset_test_split,
-        max_completion_length=config.max_completion_length,
-        chat_template_kwargs=config.chat_template_kwargs,
-    )
+    report, _ = evaluate(policy, held_out_task(recipe, config))
     write_whole(Path(config.output_dir) / f"{name}.json", json.dumps(report, indent=2) + "\n")
     return report
 

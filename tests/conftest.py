@@ -18,6 +18,8 @@ SMALL = {
     "max_steps": "4",
     "save_steps": "2",
     "sample_every": "2",
+    "eval_steps": "2",
+    "eval_problems": "6",
     "per_device_train_batch_size": "4",
     "gradient_accumulation_steps": "2",
     "num_generations": "4",
@@ -75,16 +77,26 @@ def policy(tmp_path_factory, data) -> Path:
     return folder
 
 
-def start(script: str, *args, timeout: float = 300, **env) -> subprocess.CompletedProcess:
-    """Run an entry point in a process of its own, without the Hub; stdout and stderr as text."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, args)],
+def launch(script: str, *args, **env) -> subprocess.Popen:
+    """Start an entry point in a process of its own, without the Hub; stdout and stderr as text."""
+    return subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / script), *map(str, args)],
         cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **env},
-        capture_output=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **{k: str(v) for k, v in env.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
     )
+
+
+def start(script: str, *args, timeout: float = 300, **env) -> subprocess.CompletedProcess:
+    """Run an entry point to its end."""
+    process = launch(script, *args, **env)
+    try:
+        out, errors = process.communicate(timeout=timeout)
+    finally:
+        process.kill()  # nothing where it has ended
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
 def flags(policy: Path, data: Path, output: Path, **changes) -> list[str]:

@@ -2,9 +2,12 @@
 
 import json
 import re
+import shutil
+import signal
+import time
 
 import pytest
-from conftest import start
+from conftest import launch, start
 
 import evaluate
 from gsm8k import BadInput, load_problems, load_tokenizer, to_prompt
@@ -158,6 +161,85 @@ def test_a_users_mistake_is_one_clear_message(trained, words, message, capsys):
         evaluate.main(words)
     assert exit.value.code not in (0, None)
     assert message in capsys.readouterr().err + str(exit.value.code)
+
+
+# ---- comparison
+
+
+def results(*pattern: tuple[int, bool, bool]) -> tuple[list[dict], list[dict]]:
+    """(count, model right, baseline right) spelled out as two lists of rows."""
+    pairs = [(model, baseline) for count, model, baseline in pattern for _ in range(count)]
+    return [{"strict": model} for model, _ in pairs], [{"strict": baseline} for _, baseline in pairs]
+
+
+def test_mcnemar_is_exact_on_the_discordant_pairs():
+    comparison = evaluate.compare(*results((50, True, True), (9, True, False), (1, False, True), (40, False, False)))
+    assert comparison == {
+        "difference": 0.08,
+        "both_right": 50,
+        "only_model_right": 9,
+        "only_baseline_right": 1,
+        "both_wrong": 40,
+        "mcnemar_p": pytest.approx(2 * (1 + 10) / 2**10),  # by hand: 0 or 1 of 10 fair coins, both sides
+        "n": 100,
+    }
+
+
+def test_two_equal_models_differ_by_nothing():
+    comparison = evaluate.compare(*results((3, True, True), (4, False, False)))
+    assert (comparison["difference"], comparison["mcnemar_p"]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (((50, True, False), (10, False, True), (140, True, True)), "better by 20.0 points, p < 0.001, n = 200"),
+        (((1, True, False), (9, False, True), (990, True, True)), "worse by 0.8 points, p = 0.021, n = 1,000"),
+        (((3, True, False), (2, False, True), (195, True, True)), "no difference that n = 200 could show"),
+    ],
+)
+def test_a_comparison_in_words(pattern, words):
+    assert evaluate.in_words(evaluate.compare(*results(*pattern))).startswith(words)
+
+
+def test_comparing_evaluates_both_and_reuses_what_the_baseline_has(trained, policy, data, tmp_path):
+    run, _ = trained
+    baseline = tmp_path / "baseline"
+    shutil.copytree(policy, baseline)
+    first = start("evaluate.py", run, "--compare", baseline, "--limit", 8, "--output_dir", tmp_path / "first")
+    assert first.returncode == 0, first.stderr[-3000:]
+    for text in ("baseline", "model", "difference", "lenient accuracy", "both right 0", "no difference that n = 8"):
+        assert text in first.stdout
+    comparison = json.loads((tmp_path / "first" / "evaluation.json").read_text())["comparison"]
+    assert (comparison["n"], comparison["baseline"]) == (8, str(baseline))
+    assert len((baseline / "evaluation.jsonl").read_text().splitlines()) == 8
+
+    (baseline / "model.safetensors").unlink()
+    second = start("evaluate.py", run, "--compare", baseline, "--limit", 8, "--output_dir", tmp_path / "second")
+    assert second.returncode == 0, "the baseline's own evaluation is used: " + second.stderr[-3000:]
+
+    other = start("evaluate.py", run, "--compare", baseline, "--limit", 9, "--max_completion_length", 5)
+    assert other.returncode == 1
+    assert "problems: 8 there, 9 here, 8 of them the same" in other.stderr
+    assert "max completion length: 12 there, 5 here" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_an_interrupted_evaluation_leaves_nothing_that_looks_whole(policy, data, tmp_path):
+    words = [policy, "--dataset_name", data, "--max_completion_length", 400, "--batch_size", 1]
+    process = launch("evaluate.py", *words, "--output_dir", tmp_path / "out")
+    for line in process.stdout:
+        if line.startswith("model:"):
+            break
+    time.sleep(4)  # in the middle of loading or decoding: ten times 400 tokens take far longer
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; nothing was written" in errors
+    assert not (tmp_path / "out").exists()
+
+
+# ---- mistakes
 
 
 def test_a_folder_without_weights_names_the_checkpoint_to_evaluate(trained, tmp_path):

@@ -12,6 +12,7 @@ from conftest import ROOT, flags, problem, start, write_jsonl
 from safetensors.torch import load_file
 
 import train_grpo
+from record import closing_remarks
 from safeguards import checkpoints
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -119,6 +120,69 @@ def test_constants_are_what_the_trainer_gets(tmp_path):
     assert got["generation_batch_size"] == 64, "one generation of all 64 completions a step"
     assert got["use_vllm"] is False
     assert got["model_init_kwargs"]["use_safetensors"] is True
+
+
+# ---- held-out accuracy, alarms
+
+
+def test_held_out_accuracy_is_logged_before_the_first_step_and_after_every_few(trained):
+    log = json.loads((trained[0] / "trainer_state.json").read_text())["log_history"]
+    measured = [row for row in log if "eval_strict_accuracy" in row]
+    assert [row["step"] for row in measured] == [0, 2, 4]
+    assert all(row["eval_n"] == 6 for row in measured)
+    assert all({"eval_lenient_accuracy", "eval_reflection_rate"} <= row.keys() for row in measured)
+    lines = [line for line in trained[1].stdout.splitlines() if line.startswith("held out at step")]
+    assert len(lines) == 3
+    assert "n = 6" in lines[0]
+
+
+def test_held_out_evaluation_does_not_disturb_training(trained, policy, data, tmp_path):
+    run, _ = trained
+    done = start("train_grpo.py", *flags(policy, data, tmp_path / "without", eval_steps="0"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "held out" not in done.stdout
+    assert identical(weights(run), weights(tmp_path / "without"))
+    for step in range(1, 5):
+        name = f"completions_{step:05d}.parquet"
+        with_it, without = (pd.read_parquet(folder / "completions" / name) for folder in (run, tmp_path / "without"))
+        pd.testing.assert_frame_equal(with_it, without)
+
+
+def test_ten_steps_without_a_reward_spread_raise_one_warning_with_the_remedies(policy, data, tmp_path):
+    settings = {"max_steps": "14", "max_completion_length": "1", "eval_steps": "0", "sample_every": "0"}
+    done = start("train_grpo.py", *flags(policy, data, tmp_path / "run", **settings))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("WARNING: for 10 steps every group") == 1
+    before, _, _ = done.stdout.partition("WARNING")
+    assert "step 10/14" in before
+    assert "step 11/14" not in before
+    for remedy in ("cold start", "easier problems", "follow the format"):
+        assert remedy in done.stdout
+
+
+def log_of(rewards: list[float], lenient: dict[int, float], n: int = 200) -> list[dict]:
+    log = [{"step": step, "reward": reward} for step, reward in enumerate(rewards, start=1)]
+    return log + [{"step": step, "eval_lenient_accuracy": value, "eval_n": n} for step, value in lenient.items()]
+
+
+RISING = [0.1 * step for step in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("log", "alarms", "reason"),
+    [
+        (log_of(RISING, {0: 0.5, 30: 0.6, 40: 0.4}), 1, "reward up, accuracy far down"),
+        (log_of(RISING, {0: 0.5, 30: 0.6, 40: 0.57}), 0, "within the interval of 200 problems"),
+        (log_of(RISING, {0: 0.5, 30: 0.6, 40: 0.57}, n=20000), 1, "but not of 20,000"),
+        (log_of(RISING, {0: 0.2, 30: 0.5, 40: 0.7}), 0, "both up"),
+        (log_of(RISING[::-1], {0: 0.5, 30: 0.6, 40: 0.4}), 0, "both down: no hacking, just worse"),
+        (log_of(RISING, {0: 0.6, 20: 0.6, 40: 0.4}), 1, "measured before the last quarter only"),
+        (log_of(RISING, {}), 0, "never measured"),
+        (log_of(RISING[:3], {0: 0.6, 3: 0.1}), 0, "three steps are no quarter"),
+    ],
+)
+def test_reward_up_and_accuracy_down_is_called_out(log, alarms, reason):
+    assert len(closing_remarks(log)) == alarms, reason
 
 
 # ---- resuming
@@ -336,8 +400,9 @@ def test_the_demo_goes_from_under_10_to_over_90_percent(tmp_path):
 
 
 def test_no_module_imports_upwards():
-    """rewards; gsm8k; record; evaluate, demo, safeguards; train_grpo on top."""
-    floors = {"rewards": 0, "gsm8k": 1, "record": 2, "evaluate": 3, "demo": 3, "safeguards": 3, "train_grpo": 4}
+    """rewards; gsm8k; record; safeguards; evaluate, demo, curves; train_grpo on top."""
+    floors = {"rewards": 0, "gsm8k": 1, "record": 2, "safeguards": 3}
+    floors |= {"evaluate": 4, "demo": 4, "curves": 4, "train_grpo": 5}
     for name, floor in floors.items():
         text = (ROOT / f"{name}.py").read_text()
         for imported in re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE):

@@ -1,0 +1,160 @@
+"""Reward curves of one or several runs as a picture, from the runs' own logs.
+
+    python curves.py outputs/MyRun                       # writes outputs/MyRun/curves.png
+    python curves.py outputs/MyRun outputs/Other         # laid over each other: outputs/MyRun/curves-compared.png
+
+Raw values are faint, smoothed ones bold. A run's folder gets its picture by itself at every save and at the end.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from gsm8k import BadInput
+from record import printable
+from safeguards import checkpoints
+
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+    "#000000",
+)  # Okabe and Ito's, colour-blind safe
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # told apart in print too
+SMOOTHED_OVER = 20  # the bold line is a mean over 1/20 of the run
+
+# a panel: its title, and what it shows as (name in the log, label)
+PANELS = (
+    ("total reward (0 to 4) and its spread", (("reward", "reward"),)),
+    (
+        "the five rewards",
+        tuple(
+            (f"rewards/{name}_reward_func/mean", name)
+            for name in ("correctness", "int", "strict_format", "soft_format", "xmlcount")
+        ),
+    ),
+    (
+        "share correct",
+        (
+            ("correct_rate", "sampled, training"),
+            ("eval_strict_accuracy", "greedy, held-out, strict"),
+            ("eval_lenient_accuracy", "greedy, held-out, lenient"),
+        ),
+    ),
+    ("completion length (tokens)", (("completions/mean_length", "mean"),)),
+    (
+        "share cut off, share of groups without signal",
+        (("completions/clipped_ratio", "cut off"), ("frac_reward_zero_std", "no signal")),
+    ),
+    ("entropy (nats), KL", (("entropy", "entropy"), ("kl", "KL to the reference model"))),
+    ("gradient norm before clipping", (("grad_norm", "gradient norm"),)),
+    (
+        "share with self-reflection",
+        (("reflection_rate", "sampled, training"), ("eval_reflection_rate", "greedy, held-out")),
+    ),
+)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """A run's log, a dict a logging step: of the finished run, else up to its newest checkpoint.
+
+    Raises:
+        BadInput: the folder holds none, or it cannot be read.
+    """
+    for place in (folder, *reversed(checkpoints(folder))):
+        path = place / "trainer_state.json"
+        if path.is_file():
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+            except (ValueError, KeyError) as error:
+                raise BadInput(f"{path}: no trainer's log ({error!r})") from error
+    raise BadInput(f"{folder}: no trainer_state.json there or in a checkpoint; is it a run's folder?")
+
+
+def draw(logs: dict[str, list[dict]], path: Path) -> None:
+    """Draw the logs of one or several named runs; the picture appears whole or not at all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 7.2), layout="constrained")
+    for axes, (title, series) in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
+        axes.set_title(title, fontsize=11)
+        shown = [item for item in series if any(item[0] in row for log in logs.values() for row in log)]
+        for run, (name, log) in enumerate(logs.items()):
+            for number, (key, label) in enumerate(shown):
+                several = len(logs) > 1
+                label = f"{name}: {label}" if several and len(shown) > 1 else name if several else label
+                _plot(axes, log, key, label, PALETTE[(run if several else number) % len(PALETTE)], STYLES[number])
+        if title.startswith("share") and shown:
+            axes.set_ylim(-0.03, 1.03)
+        if title.startswith("total reward"):
+            axes.set_ylim(-0.1, 4.1)
+        if len(shown) > 1 or len(logs) > 1:
+            axes.legend(fontsize=8, framealpha=0.7)
+        if not shown:
+            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color="grey")
+        axes.set_xlabel("step", fontsize=9)
+        axes.grid(alpha=0.25)
+    figure.suptitle(printable(", ".join(logs)), fontsize=12)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(partial, format="png", dpi=75)
+    os.replace(partial, path)
+
+
+def _plot(axes, log: list[dict], key: str, label: str, colour: str, style) -> None:
+    rows = [row for row in log if row.get(key) is not None]
+    if not rows:
+        return
+    steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+    if key.startswith("eval_"):  # few points, each exact: no smoothing
+        axes.plot(steps, values, color=colour, linestyle=style, marker="o", markersize=5, label=label)
+        return
+    if key == "reward":
+        spread = [row.get("reward_std") or 0 for row in rows]
+        low, high = zip(*((v - s, v + s) for v, s in zip(values, spread, strict=True)), strict=True)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+    marker = "." if len(steps) < 10 else None
+    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, marker=marker)
+    axes.plot(steps, smooth(values), color=colour, linestyle=style, linewidth=2, marker=marker, label=label)
+
+
+def smooth(values: list[float]) -> list[float]:
+    """The mean of each value and those before it, over a window of 1/`SMOOTHED_OVER` of all."""
+    window = max(1, round(len(values) / SMOOTHED_OVER))
+    recent = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+    return [sum(chunk) / len(chunk) for chunk in recent]
+
+
+def curves_callback(output_dir: str):
+    """Redraw the run's picture at every save and at the end."""
+    from transformers import TrainerCallback
+
+    class Curves(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                draw({output_dir: state.log_history}, Path(output_dir) / "curves.png")
+
+        on_train_end = on_save
+
+    return Curves()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; the picture goes into the first")
+    folders = parser.parse_args(argv).runs
+    try:
+        logs = {str(folder): read_log(folder) for folder in folders}
+    except BadInput as error:
+        sys.exit(f"curves.py: {error}")
+    path = folders[0] / ("curves.png" if len(folders) == 1 else "curves-compared.png")
+    draw(logs, path)
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
