@@ -98,6 +98,7 @@ def draw(logs: dict[str, list[dict]], path: Path) -> None:
         if not shown:
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color="grey")
         axes.set_xlabel("step", fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
     figure.suptitle(printable(", ".join(logs)), fontsize=12)
     partial = path.with_name(f".{path.name}.{os.getpid()}")

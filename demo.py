@@ -17,9 +17,10 @@ from gsm8k import load_problems, to_prompt
 from rewards import TAGS, XML_COT_FORMAT
 
 # teaching
-TEACHING_STEPS = 1500
+TEACHING_STEPS = 1000
 TEACHING_BATCH_SIZE = 16  # targets a step; small steps and many of them: 500 of 32 learn it less well
 TEACHING_LEARNING_RATE = 2e-3
+TEACHING_WEIGHT_DECAY = 0.5  # held-out sums: 94% with it, 89% at 0.1, about 85% without
 INITIALIZER_RANGE = 0.08  # about 1/sqrt(128), the hidden size; at Qwen2's 0.02 it can't add after 500 steps
 FORMATTED_SHARE = 0.3  # of the targets; the rest answer in plain words
 
@@ -65,7 +66,7 @@ def settings() -> dict:
         "learning_rate": LEARNING_RATE,
         "max_steps": MAX_STEPS,
         "max_completion_length": MAX_COMPLETION_LENGTH,
-        "eval_steps": 20,
+        "eval_steps": 10,
         "eval_problems": 100,
         "gradient_checkpointing": False,
         "use_vllm": False,  # its start takes longer than the demo
@@ -163,6 +164,7 @@ def teach(folder: Path, problems: list[dict], seed: int, use_cpu: bool) -> None:
             per_device_train_batch_size=TEACHING_BATCH_SIZE,
             learning_rate=TEACHING_LEARNING_RATE,
             adam_beta2=0.98,
+            weight_decay=TEACHING_WEIGHT_DECAY,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
             gradient_checkpointing=False,

@@ -309,17 +309,28 @@ def table(reports: dict[str, dict]) -> str:
 # ---- while training
 
 
-def held_out_callback(trainer, tokenizer, task: Task, sample: int, every: int):
-    """Measure the policy in training greedily on `sample` problems, the same ones each time: before the first step,
-    every `every` steps and after the last. Logged as `eval_strict_accuracy` and so on.
+def held_out_sample(task: Task, size: int) -> list[dict]:
+    """`size` of the task's problems, the same ones every time.
+
+    Raises:
+        BadInput: they cannot be loaded.
+    """
+    try:
+        problems = task.problems()
+    except BadInput as error:
+        raise BadInput(f"{error} (EVAL_STEPS = 0 trains without a test split)") from error
+    return random.Random(0).sample(problems, min(size, len(problems)))
+
+
+def held_out_callback(trainer, tokenizer, task: Task, problems: list[dict], every: int):
+    """Measure the policy in training greedily on `problems`: before the first step, every `every` steps and after the
+    last. Logged as `eval_strict_accuracy` and so on.
 
     Training does not feel it: weights, random state and generation settings are left as they were.
     """
     import torch
     from transformers import Trainer, TrainerCallback
 
-    problems = task.problems()
-    problems = random.Random(0).sample(problems, min(sample, len(problems)))
     prompts = [to_prompt(problem["question"], task.system_prompt) for problem in problems]
 
     def measure() -> None:
@@ -342,7 +353,9 @@ def held_out_callback(trainer, tokenizer, task: Task, sample: int, every: int):
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step % every == 0 or state.global_step == state.max_steps:
-                measure()
+                training_log_is_due = control.should_log
+                measure()  # whose own log clears that mark
+                control.should_log = training_log_is_due
 
     return HeldOut()
 

@@ -213,7 +213,6 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
     from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
     from curves import curves_callback
-    from evaluate import held_out_callback
     from gsm8k import BadInput
     from record import progress_callback
     from rewards import REWARD_FUNCS
@@ -233,22 +232,24 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     trainer.add_callback(progress_callback(trainer, model_config.model_name_or_path, recipe.sample_every))
-    if config.eval_steps:
-        every, task = int(config.eval_steps), held_out_task(recipe, config)
-        trainer.add_callback(held_out_callback(trainer, tokenizer, task, recipe.eval_problems, every))
     trainer.add_callback(curves_callback(config.output_dir))
     return trainer
 
 
 def train(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -> None:
     """Train from the first sample to the saved policy; OUTPUT_DIR/run.json says what ran and how it ended."""
+    from evaluate import held_out_callback, held_out_sample
     from gsm8k import load_tokenizer
     from record import closing_remarks, device_name, recorded
     from rewards import SYSTEM_PROMPT
 
     tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision, config.trust_remote_code)
     samples, dataset_revision = load_samples(recipe, config, tokenizer)
+    task = held_out_task(recipe, config)
+    held_out = held_out_sample(task, recipe.eval_problems) if config.eval_steps else []
     trainer = build_trainer(recipe, config, model_config, tokenizer, samples)
+    if held_out:
+        trainer.add_callback(held_out_callback(trainer, tokenizer, task, held_out, every=int(config.eval_steps)))
     facts = {
         "settings": {**vars(recipe), **vars(model_config), **config.to_dict()},
         "system_prompt": SYSTEM_PROMPT,

@@ -149,7 +149,7 @@ def test_held_out_evaluation_does_not_disturb_training(trained, policy, data, tm
 
 
 def test_ten_steps_without_a_reward_spread_raise_one_warning_with_the_remedies(policy, data, tmp_path):
-    settings = {"max_steps": "14", "max_completion_length": "1", "eval_steps": "0", "sample_every": "0"}
+    settings = {"max_steps": "14", "temperature": "0.001", "eval_steps": "0", "sample_every": "0"}
     done = start("train_grpo.py", *flags(policy, data, tmp_path / "run", **settings))
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("WARNING: for 10 steps every group") == 1
@@ -255,7 +255,7 @@ def test_long_prompts_are_dropped_and_counted_aloud(policy, tmp_path):
     rows[3]["question"] *= 60
     rows[7]["question"] *= 60
     write_jsonl(tmp_path / "data" / "train.jsonl", rows)
-    done = start("train_grpo.py", *flags(policy, tmp_path / "data", tmp_path / "run", max_steps="1"))
+    done = start("train_grpo.py", *flags(policy, tmp_path / "data", tmp_path / "run", max_steps="1", eval_steps="0"))
     assert done.returncode == 0, done.stderr[-4000:]
     assert "10 problems to train on; 2 dropped" in done.stdout
     assert json.loads((tmp_path / "run" / "run.json").read_text())["problems"] == 10
@@ -338,6 +338,15 @@ def test_bad_data_is_one_message_and_no_traceback(policy, tmp_path):
     assert done.returncode == 1
     assert "train.jsonl: 1 of 2 rows cannot be used. row 2: no 'answer'" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_test_split_is_said_before_the_model_loads(policy, tmp_path):
+    write_jsonl(tmp_path / "data" / "train.jsonl", [problem(a, 1) for a in range(12)])
+    done = start("train_grpo.py", *flags(policy, tmp_path / "data", tmp_path / "run"))
+    assert done.returncode == 1
+    assert "test.jsonl: no such file" in done.stderr
+    assert "EVAL_STEPS = 0" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
