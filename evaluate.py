@@ -16,10 +16,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gsm8k import BadInput, load_problems, load_tokenizer, to_prompt
+from gsm8k import BadInput, expand, load_problems, load_tokenizer, to_prompt
 from record import printable, read_run, set_aside, write_whole
 from rewards import SYSTEM_PROMPT, extract_xml_answer, is_strict_format, reflects, same_number
-from safeguards import vllm_is_usable
+from safeguards import checkpoints, vllm_is_usable
 
 DATASET = "openai/gsm8k"  # Hub name or folder, where neither the run nor a flag names one
 DATASET_CONFIG = "main"
@@ -45,7 +45,7 @@ LAST_NUMBER = re.compile(r"(?:(?<![\w.,])-)?\$?[0-9][0-9,]*(?:\.[0-9]+)?")
 # ---- generation
 
 
-def load_policy(name: str, revision: str | None = None):
+def load_policy(name: str, revision: str | None = None, use_cpu: bool = False, trust_remote_code: bool = False):
     """The model, in bf16 on a GPU and fp32 on a CPU, ready for inference.
 
     Raises:
@@ -54,13 +54,14 @@ def load_policy(name: str, revision: str | None = None):
     import torch
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError) as error:
-        checkpoints = sorted(Path(name).glob("checkpoint-*"), key=lambda path: len(path.name))
-        hint = f" It holds {checkpoints[-1].name}: evaluate that." if checkpoints else ""
+        found = checkpoints(name)
+        hint = f" It holds {found[-1].name}: evaluate that." if found else ""
         raise BadInput(f"model {name!r}: {str(error).strip()}{hint}") from error
     return model.to(device).eval()
 
@@ -120,19 +121,30 @@ def complete(
 
 
 def complete_with_vllm(
-    name: str, revision: str | None, tokenizer, prompts: list[list[dict]], task: "Task"
+    name: str, revision: str | None, trust_remote_code: bool, tokenizer, prompts: list[list[dict]], task: "Task"
 ) -> list[dict]:
     """`complete` with vLLM, which loads the model itself and batches as it sees fit."""
+    import gc
+
     from vllm import LLM, SamplingParams
 
     token_ids = tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, return_dict=True, **task.chat_template_kwargs
     )["input_ids"]
     longest = max(map(len, token_ids)) + task.max_completion_length
-    engine = LLM(model=name, revision=revision, dtype="bfloat16", max_model_len=longest, generation_config="vllm")
+    engine = LLM(
+        model=name,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dtype="bfloat16",
+        max_model_len=longest,
+        generation_config="vllm",  # not the model's own, which may sample or penalise repetition
+    )
     sampling = SamplingParams(temperature=0.0, max_tokens=task.max_completion_length)
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in token_ids], sampling)
     completions = [output.outputs[0] for output in outputs]
+    del engine  # a comparison starts a second one
+    gc.collect()
     return [{"text": c.text, "tokens": len(c.token_ids), "truncated": c.finish_reason == "length"} for c in completions]
 
 
@@ -202,8 +214,17 @@ class Task:
         return load_problems(self.dataset_name, self.dataset_config, self.split)[0][: self.limit]
 
 
-def evaluate(name: str, task: Task, *, revision: str | None = None, batch_size: int = BATCH_SIZE):
-    """Evaluate a policy.
+def evaluate(
+    name: str,
+    task: Task,
+    *,
+    revision: str | None = None,
+    batch_size: int = BATCH_SIZE,
+    use_vllm: bool | None = None,
+    use_cpu: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[dict, list[dict]]:
+    """Evaluate a policy; with `use_vllm` None, by vLLM where it is installed with a GPU.
 
     Returns:
         The report (evaluation.json) and the scored problems (the lines of evaluation.jsonl).
@@ -211,17 +232,20 @@ def evaluate(name: str, task: Task, *, revision: str | None = None, batch_size: 
     Raises:
         BadInput: the model or the problems cannot be loaded.
     """
-    tokenizer = load_tokenizer(name, revision)
+    tokenizer = load_tokenizer(name, revision, trust_remote_code)
     problems = task.problems()
     prompts = [to_prompt(problem["question"], task.system_prompt) for problem in problems]
-    if vllm_is_usable() and not (Path(name) / "adapter_config.json").exists():  # vLLM loads whole models
-        completions = complete_with_vllm(name, revision, tokenizer, prompts, task)
+    if use_vllm is None:  # vLLM loads whole models, no adapters
+        use_vllm = vllm_is_usable() and not use_cpu and not (Path(name) / "adapter_config.json").exists()
+    if use_vllm:
+        completions = complete_with_vllm(name, revision, trust_remote_code, tokenizer, prompts, task)
     else:
-        policy = load_policy(name, revision)
+        policy = load_policy(name, revision, use_cpu, trust_remote_code)
         length, kwargs = task.max_completion_length, task.chat_template_kwargs
         completions = complete(policy, tokenizer, prompts, length, batch_size, kwargs)
     rows = [score(i, *pair) for i, pair in enumerate(zip(problems, completions, strict=True))]
     report = {"model": name, "dataset": task.dataset_name, "split": task.split, **summarize(rows)}
+    report["model_revision"] = revision
     report["max_completion_length"] = task.max_completion_length
     report["chat_template_kwargs"] = task.chat_template_kwargs
     report["system_prompt"] = task.system_prompt
@@ -240,9 +264,15 @@ def load_evaluation(folder: Path, task: Task) -> tuple[dict, list[dict]]:
     try:
         report = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
+        of, written = Path(report["model"]), (folder / "evaluation.jsonl").stat().st_mtime
         asked = [(row["question"], row["gold"]) for row in rows]
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{folder}: its evaluation cannot be read ({error!r}); evaluate it again") from error
+    weights = [*folder.glob("*.safetensors")]
+    if weights and (of.resolve() != folder.resolve() or max(path.stat().st_mtime for path in weights) > written):
+        raise BadInput(
+            f"{folder}: the evaluation there is of {of} or of earlier weights; evaluate {folder} again first"
+        )
     differing = [
         f"{name.replace('_', ' ')}: {report.get(name)!r} there, {getattr(task, name)!r} here"
         for name in ("max_completion_length", "chat_template_kwargs", "system_prompt")
@@ -376,9 +406,16 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
     parser.add_argument("--chat_template_kwargs", type=json.loads, help='JSON, such as {"enable_thinking": false}')
     parser.add_argument("--limit", type=int, help="only the first so many problems")
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="problems at a time (%(default)s)")
+    parser.add_argument(
+        "--use_vllm", type=json.loads, metavar="true|false", help="default: where it is installed and a GPU is there"
+    )
+    parser.add_argument("--use_cpu", action="store_true", help="even where there is a GPU")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--output_dir", help="where evaluation.json and .jsonl go (default: the model's folder)")
     parser.add_argument("--ask", metavar="QUESTION", help="print the answer to one question and exit")
     flags = parser.parse_args(argv)
+    flags.model = expand(flags.model)
+    flags.compare = flags.compare and expand(flags.compare)
     for name in ("limit", "batch_size", "max_completion_length"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -411,8 +448,8 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
 
 
 def ask(flags: argparse.Namespace, task: Task) -> str:
-    tokenizer = load_tokenizer(flags.model, flags.model_revision)
-    policy = load_policy(flags.model, flags.model_revision)
+    tokenizer = load_tokenizer(flags.model, flags.model_revision, flags.trust_remote_code)
+    policy = load_policy(flags.model, flags.model_revision, flags.use_cpu, flags.trust_remote_code)
     prompt = to_prompt(flags.ask, task.system_prompt)
     length, kwargs = task.max_completion_length, task.chat_template_kwargs
     answer = complete(policy, tokenizer, [prompt], length, chat_template_kwargs=kwargs, progress=False)[0]
@@ -421,18 +458,24 @@ def ask(flags: argparse.Namespace, task: Task) -> str:
 
 def home(name: str) -> Path:
     """The folder a model's evaluation goes to: its own, or one under outputs/ for a model on the Hub."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     return folder if folder.is_dir() else Path("outputs") / name.replace("/", "--")
+
+
+def options(flags: argparse.Namespace) -> dict:
+    """How to run a model, as `evaluate` takes it."""
+    return {name: getattr(flags, name) for name in ("batch_size", "use_vllm", "use_cpu", "trust_remote_code")}
 
 
 def baseline_evaluation(flags: argparse.Namespace, task: Task) -> tuple[dict, list[dict]]:
     """The baseline's evaluation: the one in its folder, else made and saved there now."""
     folder = home(flags.compare)
     if (folder / "evaluation.jsonl").is_file():
-        print(f"baseline: the evaluation in {folder}")
-        return load_evaluation(folder, task)
+        report, rows = load_evaluation(folder, task)
+        print(f"baseline: the evaluation of {report['model']} in {folder}")
+        return report, rows
     print(f"baseline: {flags.compare}")
-    report, rows = evaluate(flags.compare, task, batch_size=flags.batch_size)
+    report, rows = evaluate(flags.compare, task, **options(flags))
     save(folder, report, rows)
     return report, rows
 
@@ -441,7 +484,7 @@ def run(flags: argparse.Namespace, task: Task) -> None:
     """Evaluate, compare where asked to, write and print."""
     baseline = baseline_evaluation(flags, task) if flags.compare else None
     print(f"model: {flags.model}")
-    report, rows = evaluate(flags.model, task, revision=flags.model_revision, batch_size=flags.batch_size)
+    report, rows = evaluate(flags.model, task, revision=flags.model_revision, **options(flags))
     columns = {Path(flags.model).name: report}
     if baseline:
         report["comparison"] = {"baseline": flags.compare, **compare(rows, baseline[1])}
@@ -478,8 +521,8 @@ def save(folder: Path, report: dict, rows: list[dict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kept in set_aside(folder, "evaluation.json", "evaluation.jsonl"):
         print(f"the earlier {kept.name.split('.')[0]} is kept as {kept}")
-    write_whole(folder / "evaluation.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_whole(folder / "evaluation.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "evaluation.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

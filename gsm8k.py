@@ -67,6 +67,11 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).exists()
 
 
+def expand(name: str) -> str:
+    """A name with its leading `~` spelled out, where it has one."""
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
 def _read_jsonl(folder: Path, split: str) -> list[tuple[int, object]]:
     """(line number from 1, row) of every line that is not blank; a line that is no JSON is kept as its error."""
     path = folder / f"{split}.jsonl"

@@ -235,7 +235,7 @@ def closing_remarks(log: list[dict]) -> list[str]:
     earlier = [row for row in measured if row["step"] <= quarter_starts]
     rewards = [row["reward"] for row in trained if row["step"] > quarter_starts]
     half = len(rewards) // 2
-    rose = mean(rewards[half:]) > mean(rewards[:half])
+    rose = half > 0 and mean(rewards[half:]) > mean(rewards[:half])
     first, last = earlier[-1] if earlier else measured[0], measured[-1]
     right = round(first["eval_lenient_accuracy"] * first["eval_n"])
     lowest = binomtest(right, int(first["eval_n"])).proportion_ci(method="wilson").low
@@ -284,7 +284,7 @@ def progress_callback(trainer, model: str, sample_every: int):
                 self.training_bar.write(held_out_line(state.global_step, state.max_steps, logs))
             if "reward" in logs:
                 self.training_bar.write(step_line(state.global_step, state.max_steps, logs))
-                self.silent_steps = self.silent_steps + args.logging_steps if logs["frac_reward_zero_std"] == 1 else 0
+                self.silent_steps = self.silent_steps + state.logging_steps if logs["frac_reward_zero_std"] == 1 else 0
                 if self.silent_steps >= NO_SIGNAL_STEPS and not self.warned:
                     self.warned = True
                     self.training_bar.write(f"WARNING: {NO_SIGNAL_WARNING}")

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from gsm8k import is_path
@@ -78,7 +79,29 @@ ABOVE_ZERO = {
 }
 
 
+WHOLE = {*AT_LEAST_ONE, "max_steps", "num_generations", "sample_every"}
+
+
+def _kind(flag: str) -> str:
+    return "whole number" if flag in WHOLE else "number"
+
+
+def _is_number(value: object, whole: bool) -> bool:
+    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+
+
 def _sizes(flags: argparse.Namespace) -> list[str]:
+    numbers = {**AT_LEAST_ONE, **ABOVE_ZERO, "max_steps": "MAX_STEPS", "num_generations": "NUM_GENERATIONS"}
+    numbers |= {
+        "sample_every": "SAMPLE_EVERY",
+        "eval_steps": "EVAL_STEPS",
+        "beta": "BETA",
+        "num_train_epochs": "EPOCHS",
+    }
+    odd = {flag: getattr(flags, flag) for flag in numbers if not _is_number(getattr(flags, flag), flag in WHOLE)}
+    if odd:  # argparse checks the command line; a --config file can hold anything
+        return [f"{numbers[flag]} (--{flag}) is {value!r}, which is no {_kind(flag)}" for flag, value in odd.items()]
+
     problems = []
     for flag, constant in AT_LEAST_ONE.items():
         if getattr(flags, flag) < 1:
@@ -139,7 +162,7 @@ def _sources(flags: argparse.Namespace) -> list[str]:
     for flag, constant in (("model_name_or_path", "MODEL"), ("dataset_name", "DATASET")):
         name = getattr(flags, flag)
         if flags.demo:
-            if name is not None:
+            if name:
                 problems.append(f"--demo brings its own policy and problems; leave out --{flag}")
         elif not name:
             problems.append(f"{constant} (--{flag}) is empty")
@@ -150,6 +173,8 @@ def _sources(flags: argparse.Namespace) -> list[str]:
 
 def _output_folder(flags: argparse.Namespace) -> list[str]:
     folder, wanted = Path(flags.output_dir), flags.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        return [f"OUTPUT_DIR (--output_dir) {folder} is a file"]
     found = checkpoints(folder)
     if wanted == "auto":
         if not found:
@@ -157,8 +182,15 @@ def _output_folder(flags: argparse.Namespace) -> list[str]:
     elif wanted is not None:
         if not Path(wanted).is_dir():
             return [f"--resume_from_checkpoint {wanted}: no such folder; `auto` takes the newest in {folder}"]
-    elif flags.demo and read_run(folder).get("settings", {}).get("demo"):
+        if found and Path(wanted).resolve().parent != folder.resolve():
+            return [
+                f"--resume_from_checkpoint {wanted} is another run's than OUTPUT_DIR (--output_dir) {folder}, which "
+                f"holds {found[-1].name}; give the run's own folder, or a new one"
+            ]
+    elif flags.demo and _is_demo(folder):
         return []  # the demo replaces its own earlier run, aloud
+    elif flags.demo and folder.is_dir() and any(folder.iterdir()) and not (folder / "problems").is_dir():
+        return [f"--output_dir {folder} holds something else than a demo; give the demo a new folder"]
     elif found:
         return [
             f"OUTPUT_DIR (--output_dir) {folder} already holds {found[-1].name}. Continue that run with "
@@ -172,14 +204,24 @@ def _output_folder(flags: argparse.Namespace) -> list[str]:
     return []
 
 
+def _is_demo(folder: Path) -> bool:
+    return (folder / "run.json").is_file() and read_run(folder).get("settings", {}).get("demo") is True
+
+
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+
+
 def _unused(flags: argparse.Namespace) -> list[str]:
-    """TRL's flags that this recipe would ignore."""
+    """TRL's flags that this recipe would ignore, or that lack their package."""
     problems = []
     if flags.eval_strategy not in (None, "no") or flags.do_eval or flags.eval_on_start:
         problems.append(
             "--eval_strategy, --do_eval and --eval_on_start: TRL evaluates by sampling at the training temperature, "
             "which this recipe does not use. EVAL_STEPS (--eval_steps) evaluates greedily, evaluate.py a finished run"
         )
+    for tracker in [flags.report_to] if isinstance(flags.report_to, str) else flags.report_to or []:
+        if tracker in TRACKERS and find_spec(tracker) is None:
+            problems.append(f"--report_to {tracker} needs the package: pip install {tracker}")
     for flag in ("do_train", "do_predict"):
         if getattr(flags, flag):
             problems.append(f"--{flag} has no effect here; leave it out")

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import GRPOConfig, ModelConfig, TrlParser
+from yaml import YAMLError
 
 import demo
+from gsm8k import BadInput, expand
 from safeguards import checkpoints, find_problems, vllm_is_usable
 
 # ---- policy
@@ -146,6 +148,9 @@ class RecipeParser(TrlParser):
         flags, unknown = super().parse_known_args(args, namespace)
         if flags.demo != self.is_demo:
             self.error("the demo is asked for by a bare `--demo` on the command line, without true or false")
+        for name in ("model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint"):
+            setattr(flags, name, expand(getattr(flags, name) or ""))
+        flags.resume_from_checkpoint = flags.resume_from_checkpoint or None
         problems = [f"unknown flag or stray value {word!r}; --help lists all flags" for word in unknown]
         problems += find_problems(flags)
         if problems:
@@ -166,7 +171,7 @@ def read_settings(argv: list[str] | None = None) -> tuple[RecipeConfig, GRPOConf
     parser = RecipeParser(is_demo="--demo" in argv)
     try:
         recipe, config, model_config = parser.parse_args_and_config(argv)
-    except (ValueError, OSError, IndexError) as error:  # TRL's own objections; no or no readable --config file
+    except (ValueError, OSError, IndexError, YAMLError) as error:  # TRL's objections; no or no readable --config file
         parser.error(str(error))
     if config.resume_from_checkpoint == "auto":
         config.resume_from_checkpoint = str(checkpoints(config.output_dir)[-1])
@@ -188,7 +193,7 @@ def read_settings(argv: list[str] | None = None) -> tuple[RecipeConfig, GRPOConf
 
 def load_samples(recipe: RecipeConfig, config: GRPOConfig, tokenizer) -> tuple[list[dict], str | None]:
     """Training samples (`prompt`, `answer`) whose prompt fits, and the dataset's revision on the Hub."""
-    from gsm8k import BadInput, drop_long, load_problems, to_samples
+    from gsm8k import drop_long, load_problems, to_samples
 
     problems, revision = load_problems(recipe.dataset_name, recipe.dataset_config, recipe.dataset_train_split)
     samples = to_samples(problems)
@@ -213,7 +218,6 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
     from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
     from curves import curves_callback
-    from gsm8k import BadInput
     from record import progress_callback
     from rewards import REWARD_FUNCS
 
@@ -227,8 +231,13 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
             quantization_config=get_quantization_config(model_config),
             peft_config=get_peft_config(model_config),
         )
-    except OSError as error:  # no weights, or none as safetensors
-        raise BadInput(f"model {model_config.model_name_or_path!r}: {str(error).strip()}") from error
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+    ) as error:  # no safetensors, a setting TRL refuses, a package not installed
+        name = model_config.model_name_or_path
+        raise BadInput(f"the trainer cannot be built for model {name!r}: {str(error).strip()}") from error
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     trainer.add_callback(progress_callback(trainer, model_config.model_name_or_path, recipe.sample_every))
@@ -288,15 +297,13 @@ def measure(policy: str, recipe: RecipeConfig, config: GRPOConfig, name: str) ->
     from record import write_whole
 
     print(f"{name.replace('_', ' ')}: greedy decoding on held-out problems")
-    report, _ = evaluate(policy, held_out_task(recipe, config))
+    report, _ = evaluate(policy, held_out_task(recipe, config), use_vllm=config.use_vllm, use_cpu=config.use_cpu)
     write_whole(Path(config.output_dir) / f"{name}.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
 def main(argv: list[str] | None = None) -> None:
     recipe, config, model_config = read_settings(argv)
-    from gsm8k import BadInput
-
     try:
         if recipe.demo:
             demo.prepare(config.output_dir, config.seed, config.use_cpu, fresh=config.resume_from_checkpoint is None)
@@ -309,6 +316,9 @@ def main(argv: list[str] | None = None) -> None:
             print(table({"before GRPO": before, "after GRPO": after}))
     except BadInput as error:
         sys.exit(f"train_grpo.py: {error}")
+    except KeyboardInterrupt:
+        print(f"\ntrain_grpo.py: interrupted; what was saved is in {config.output_dir}", file=sys.stderr)
+        sys.exit(130)
     print(f"next:  python evaluate.py {config.output_dir}")
 
 

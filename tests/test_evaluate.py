@@ -225,8 +225,35 @@ def test_comparing_evaluates_both_and_reuses_what_the_baseline_has(trained, poli
     assert "Traceback" not in other.stderr
 
 
+def test_a_baseline_must_be_the_evaluation_of_that_very_model(trained, policy, data, tmp_path):
+    run, _ = trained
+    baseline = tmp_path / "baseline"
+    shutil.copytree(policy, baseline)
+    words = ["--limit", 4, "--dataset_name", data, "--max_completion_length", 12]
+    assert start("evaluate.py", run, *words, "--output_dir", baseline).returncode == 0
+    done = start("evaluate.py", run, "--compare", baseline, *words, "--output_dir", tmp_path / "out")
+    assert done.returncode == 1
+    assert "evaluate" in done.stderr
+    assert "again first" in done.stderr
+
+
+def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path):
+    """U+2028 and U+0085 are line ends to Python, not to JSON."""
+    task = evaluate.Task(str(data), None, "test", 12, {}, limit=1)
+    (problem,) = task.problems()
+    rows = [evaluate.score(0, problem, {"text": "a\u2028b\x85c\r", "tokens": 3, "truncated": False})]
+    report = {
+        "model": "x",
+        "max_completion_length": 12,
+        "chat_template_kwargs": {},
+        "system_prompt": task.system_prompt,
+    }
+    evaluate.save(tmp_path, report, rows)
+    assert evaluate.load_evaluation(tmp_path, task) == (report, rows)
+
+
 def test_an_interrupted_evaluation_leaves_nothing_that_looks_whole(policy, data, tmp_path):
-    words = [policy, "--dataset_name", data, "--max_completion_length", 400, "--batch_size", 1]
+    words = [policy, "--dataset_name", data, "--max_completion_length", 3000, "--batch_size", 1]
     process = launch("evaluate.py", *words, "--output_dir", tmp_path / "out")
     for line in process.stdout:
         if line.startswith("model:"):

@@ -288,6 +288,8 @@ MISTAKES = [
     (["--demo", "false"], ["bare `--demo`"], "the demo is a bare switch"),
     (["--config", "nowhere.yaml"], ["nowhere.yaml"], "no config file"),
     (["--config"], ["train_grpo.py:"], "a flag without its value"),
+    (["--report_to", "mlflow"], ["pip install mlflow"], "a tracker that is not installed"),
+    (["--eval_steps", "-1"], ["EVAL_STEPS"], "negative"),
 ]
 
 
@@ -303,12 +305,51 @@ def test_a_mistake_is_explained_before_anything_loads(words, messages, reason, t
     assert not output.exists(), "nothing was written"
 
 
-def test_a_config_file_with_an_unknown_name_is_refused(tmp_path, capsys):
-    (tmp_path / "sweep.yaml").write_text("learning_rte: 1\nuse_cpu: true\n")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rte: 1", "learning_rte"),
+        ("temperature:", "TEMPERATURE (--temperature) is None"),
+        ("max_steps: 1.5", "MAX_STEPS (--max_steps) is 1.5, which is no whole number"),
+        ("num_generations: [4]", "NUM_GENERATIONS"),
+        ("\tseed: 1", "found character"),
+        ("just words", "must contain a YAML mapping"),
+        ("demo: true", "bare `--demo`"),
+    ],
+)
+def test_a_bad_config_file_is_explained(text, message, tmp_path, capsys):
+    (tmp_path / "sweep.yaml").write_text(text + "\n")
+    words = ["--config", str(tmp_path / "sweep.yaml"), "--use_cpu", "true", "--output_dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as exit:
-        train_grpo.main(["--config", str(tmp_path / "sweep.yaml"), "--output_dir", str(tmp_path / "run")])
+        train_grpo.main(words)
     assert exit.value.code == 2
-    assert "learning_rte" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def refused(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as exit:
+        train_grpo.main(["--use_cpu", "true", *words])
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_no_run_is_overwritten_by_a_detour(tmp_path, monkeypatch, capsys):
+    """A path with ~, a checkpoint of another run, a file in the folder's place, and the demo in somebody's folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep me")
+    assert "checkpoint-5" in refused(capsys, "--output_dir", "~/run")
+    words = [
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--resume_from_checkpoint",
+        str(tmp_path / "other" / "checkpoint-1"),
+    ]
+    assert "is another run's" in refused(capsys, *words)
+    assert "is a file" in refused(capsys, "--output_dir", str(tmp_path / "notes" / "mine.txt"))
+    assert "something else than a demo" in refused(capsys, "--demo", "--output_dir", str(tmp_path / "notes"))
 
 
 def test_all_problems_are_reported_together(tmp_path, capsys):
@@ -398,11 +439,27 @@ def test_the_demo_goes_from_under_10_to_over_90_percent(tmp_path):
     assert after["strict_accuracy"] > 0.90
     assert "before GRPO" in done.stdout
 
+    (output / "notes.txt").write_text("keep me")
     again = start("train_grpo.py", "--demo", "--output_dir", output, "--max_steps", 1, timeout=300)
     assert again.returncode == 0, again.stderr[-4000:]
     assert "is replaced" in again.stdout
     assert "taught by an earlier demo" in again.stdout
+    assert (output / "notes.txt").exists(), "only what a demo wrote is replaced"
     assert json.loads((output / "run.json").read_text())["settings"]["max_steps"] == 1
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_run_on_cuda_computes_in_bf16_and_evaluates_there(policy, data, tmp_path):
+    run = tmp_path / "run"
+    done = start("train_grpo.py", *flags(policy, data, run, use_cpu=None, bf16="true", use_vllm="false"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "weights float32, compute bfloat16" in done.stdout
+    assert json.loads((run / "run.json").read_text())["device"] == torch.cuda.get_device_name()
+    assert start("evaluate.py", run, "--use_vllm", "false").returncode == 0
 
 
 # ---- the tree
