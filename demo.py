@@ -17,10 +17,10 @@ from gsm8k import load_problems, to_prompt
 from rewards import TAGS, XML_COT_FORMAT
 
 # teaching
-TEACHING_STEPS = 1200
+TEACHING_STEPS = 700
 TEACHING_BATCH_SIZE = 16  # targets a step; small steps and many of them: 500 of 32 learn it less well
 TEACHING_LEARNING_RATE = 2e-3
-TEACHING_WEIGHT_DECAY = 0.5  # held-out sums: 94% with it, 89% at 0.1, about 85% without
+TEACHING_WEIGHT_DECAY = 0.5  # held-out sums come out right more often than at 0.1 or 0
 INITIALIZER_RANGE = 0.08  # about 1/sqrt(128), the hidden size; at Qwen2's 0.02 it can't add after 500 steps
 FORMATTED_SHARE = 0.3  # of the targets; the rest answer in plain words
 
@@ -28,8 +28,7 @@ FORMATTED_SHARE = 0.3  # of the targets; the rest answer in plain words
 REPLACED = ("checkpoint-*[0-9]", "completions", "run.json", "model.safetensors", "evaluation*.json*", "curves*.png")
 
 # problems
-FIRST = range(10, 100)  # summands: a two-digit number and a digit, with and without a carry
-SECOND = range(1, 10)
+PAIRS = [(a, b) for a in range(10, 100) for b in range(1, 10) if a % 10 + b < 10]  # 405 sums without a carry
 HELD_OUT = 100  # pairs of summands that appear neither in teaching nor in GRPO, as two problems each
 
 TEMPLATES = (
@@ -120,10 +119,9 @@ def prepare(output_dir: str, seed: int, use_cpu: bool, fresh: bool) -> None:
 
 
 def write_problems(folder: Path) -> None:
-    """Write train.jsonl and test.jsonl in GSM8K's form, the same ones every time: 710 problems and 200."""
+    """Write train.jsonl and test.jsonl in GSM8K's form, the same ones every time: 305 problems and 200."""
     rng = random.Random(0)
-    pairs = [(a, b) for a in FIRST for b in SECOND]
-    rng.shuffle(pairs)
+    pairs = rng.sample(PAIRS, len(PAIRS))
     folder.mkdir(parents=True, exist_ok=True)
     for split, chosen in (("test", pairs[:HELD_OUT] * 2), ("train", pairs[HELD_OUT:])):
         lines = [json.dumps(_problem(a, b, rng)) for a, b in chosen]

@@ -422,8 +422,8 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
 
     try:
         run = read_run(Path(flags.model))
-    except ValueError as error:
-        parser.error(f"run.json beside {flags.model} cannot be read: {error}")
+    except BadInput as error:
+        parser.error(str(error))
     settings = run.get("settings", {})
     defaults = {
         "dataset_name": DATASET,

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import mean
 
+from gsm8k import BadInput
 from rewards import REWARD_FUNCS, completion_text, extract_xml_answer
 
 NO_SIGNAL_STEPS = 10
@@ -55,11 +56,14 @@ def read_run(folder: Path) -> dict:
     """run.json of a run's folder, or of the folder above a checkpoint; empty where there is none.
 
     Raises:
-        ValueError: the file is no JSON.
+        BadInput: the file is no JSON.
     """
     for path in (folder / "run.json", folder.parent / "run.json"):
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise BadInput(f"{path}: no JSON ({error}); it was written by a run, mend or delete it") from error
     return {}
 
 
@@ -67,8 +71,7 @@ def read_run(folder: Path) -> dict:
 def recorded(folder: Path, **facts):
     """Keep `folder`/run.json while the body runs: `facts`, versions, commit, command, start, end and outcome.
 
-    Yields the dict that is written; what the body adds to it is there at the end. A resumed run keeps its earlier
-    starts under `earlier`.
+    A resumed run keeps its earlier starts under `earlier`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = read_run(folder) if (folder / "run.json").is_file() else None
@@ -91,7 +94,7 @@ def recorded(folder: Path, **facts):
 
     write()
     try:
-        yield run
+        yield
     except BaseException as error:
         run["outcome"] = f"{'stopped' if isinstance(error, KeyboardInterrupt) else 'failed'}: {error!r}"[:500]
         raise
