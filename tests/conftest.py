@@ -89,7 +89,7 @@ def launch(script: str, *args, **env) -> subprocess.Popen:
     )
 
 
-def start(script: str, *args, timeout: float = 300, **env) -> subprocess.CompletedProcess:
+def start(script: str, *args, timeout: float = 1800, **env) -> subprocess.CompletedProcess:
     """Run an entry point to its end."""
     process = launch(script, *args, **env)
     try:

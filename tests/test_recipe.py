@@ -365,7 +365,7 @@ def test_all_problems_are_reported_together(tmp_path, capsys):
 
 @NO_GPU
 def test_without_a_gpu_the_bare_command_says_what_works_instead():
-    done = start("train_grpo.py", timeout=60)
+    done = start("train_grpo.py")
     assert done.returncode == 2
     for message in ("CUDA", "--demo", "--use_cpu true"):
         assert message in done.stderr
@@ -430,7 +430,7 @@ def test_help_lists_the_recipes_and_trls_flags(capsys):
 @pytest.mark.slow
 def test_the_demo_goes_from_under_10_to_over_90_percent(tmp_path):
     output = tmp_path / "demo"
-    done = start("train_grpo.py", "--demo", "--output_dir", output, timeout=600)
+    done = start("train_grpo.py", "--demo", "--output_dir", output)
     assert done.returncode == 0, done.stderr[-4000:]
     before = json.loads((output / "evaluation_before.json").read_text())
     after = json.loads((output / "evaluation_after.json").read_text())
@@ -440,7 +440,7 @@ def test_the_demo_goes_from_under_10_to_over_90_percent(tmp_path):
     assert "before GRPO" in done.stdout
 
     (output / "notes.txt").write_text("keep me")
-    again = start("train_grpo.py", "--demo", "--output_dir", output, "--max_steps", 1, timeout=300)
+    again = start("train_grpo.py", "--demo", "--output_dir", output, "--max_steps", 1)
     assert again.returncode == 0, again.stderr[-4000:]
     assert "is replaced" in again.stdout
     assert "taught by an earlier demo" in again.stdout
