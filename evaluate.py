@@ -232,6 +232,8 @@ def evaluate(
     Raises:
         BadInput: the model or the problems cannot be loaded.
     """
+    if use_vllm and not vllm_is_usable():
+        raise BadInput("--use_vllm true needs vLLM 0.22.0 to 0.31.0 and a CUDA GPU; leave it out to use Transformers")
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
     problems = task.problems()
     prompts = [to_prompt(problem["question"], task.system_prompt) for problem in problems]

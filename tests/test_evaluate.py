@@ -11,6 +11,7 @@ from conftest import launch, start
 
 import evaluate
 from gsm8k import BadInput, load_problems, load_tokenizer, to_prompt
+from safeguards import vllm_is_usable
 
 GOOD = "<reasoning>\nOne and 3.\n</reasoning>\n<answer>\n4\n</answer>"
 KEYS = [
@@ -152,6 +153,11 @@ def test_ask_prints_one_answer_and_writes_nothing(trained):
         (["RUN", "--limit", "0"], "--limit must be at least 1"),
         (["RUN", "--dataset_name", "./nowhere"], "no such folder"),
         (["RUN", "--dataset_test_split", "validation"], "validation.jsonl: no such file"),
+        pytest.param(
+            ["RUN", "--use_vllm", "true"],
+            "needs vLLM",
+            marks=pytest.mark.skipif(vllm_is_usable(), reason="vLLM is there"),
+        ),
         (["RUN", "--lim", "3"], "unrecognized arguments"),
     ],
 )
