@@ -380,11 +380,14 @@ def held_out_callback(trainer, tokenizer, task: Task, problems: list[dict], ever
 
     class HeldOut(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            if state.global_step == 0:
+            # a run that a signal stopped saved before it measured: it is made up for here
+            measured = any(row["step"] == state.global_step and "eval_n" in row for row in state.log_history)
+            if state.global_step % every == 0 and not measured:
                 measure()
 
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step % every == 0 or state.global_step == state.max_steps:
+            is_last = state.global_step == state.max_steps
+            if is_last or (state.global_step % every == 0 and not control.should_training_stop):
                 training_log_is_due = control.should_log
                 measure()  # whose own log clears that mark
                 control.should_log = training_log_is_due

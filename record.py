@@ -1,5 +1,6 @@
 """What a run prints and writes down: run.json, the plan, a line a step, samples."""
 
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,11 @@ PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "v
 
 
 # ---- text and files
+
+
+def fingerprint(samples: list[dict]) -> str:
+    """SHA-256 of training samples, by which a resumed run knows that they are the same."""
+    return hashlib.sha256(json.dumps(samples, sort_keys=True).encode()).hexdigest()
 
 
 def printable(text: str) -> str:
@@ -96,13 +102,16 @@ def recorded(folder: Path, **facts):
     try:
         yield
     except BaseException as error:
-        run["outcome"] = f"{'stopped' if isinstance(error, KeyboardInterrupt) else 'failed'}: {error!r}"[:500]
-        raise
-    else:
-        run["outcome"] = "finished"
-    finally:
         run["ended"] = _now()
-        write()
+        stopped = isinstance(error, KeyboardInterrupt)
+        run["outcome"] = f"{getattr(error, 'outcome', 'stopped' if stopped else 'failed')}: {error!r}"[:500]
+        try:
+            write()
+        except OSError as full:  # the error that ends the run matters more
+            print(f"{folder}/run.json does not say how the run ended: {full}", file=sys.stderr)
+        raise
+    run |= {"outcome": "finished", "ended": _now()}
+    write()
 
 
 def _command() -> list[str]:
@@ -173,9 +182,41 @@ def plan(trainer, max_steps: int, model: str, start_step: int = 0) -> str:
         f"{completions} completions",
         "steps": f"{max_steps:,}" + (f", resuming after step {start_step:,}" if start_step else ""),
         "objective": f"{args.loss_type} loss, {reference}, learning rate {args.learning_rate:g}",
-        "saves": f"in {args.output_dir}, checkpoints {_interval(args)}",
+        "saves": f"in {args.output_dir}, checkpoints {_interval(args)}, the newest {args.save_total_limit} are kept",
+        "resume": inexact_because(args, max_steps) or "exact, bit for bit",
     }
     return "\n".join(f"  {name:<11}{printable(value)}" for name, value in lines.items())
+
+
+def generation_cycle(args) -> int:
+    """After how many optimizer steps a run is at a generation's end again: what it has generated is used up then, and
+    not part of a checkpoint."""
+    passes = args.steps_per_generation * args.num_iterations
+    return math.lcm(passes, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+
+
+def inexact_because(args, max_steps: int) -> str:
+    """Why a run resumed from a checkpoint would not be the run that was interrupted; '' where it would."""
+    cycle, reasons = generation_cycle(args), []
+    save_steps = args.save_steps if args.save_steps >= 1 else math.ceil(max_steps * args.save_steps)
+    if args.save_strategy != "steps":
+        reasons.append(f"checkpoints come by strategy {args.save_strategy!r}, not at a generation's end")
+    elif save_steps % cycle:
+        reasons.append(
+            f"SAVE_STEPS {save_steps:g} does not fall on a generation's end, every {cycle} steps: what was generated "
+            "before a save is generated anew"
+        )
+    for flag, reason in (
+        ("save_only_model", "it leaves the optimizer out of a checkpoint"),
+        ("ignore_data_skip", "it starts the data from the beginning"),
+        ("sync_ref_model", "the reference model is not part of a checkpoint"),
+        ("use_vllm", "vLLM's random state is not part of a checkpoint"),
+    ):
+        if getattr(args, flag):
+            reasons.append(f"--{flag}: {reason}")
+    if args.device.type == "cuda":
+        reasons.append("CUDA sums in changing order")
+    return f"not exact: {'; '.join(reasons)}" if reasons else ""
 
 
 def _millions(parameters) -> str:

@@ -1,22 +1,184 @@
-"""What protects a run: checks before anything expensive happens, and finding what to resume from."""
+"""What protects a run: checks before anything expensive happens, checkpoints that are whole or not there, stopping
+cleanly, and faults told in one message."""
 
 import argparse
+import functools
+import json
 import os
+import pickle
 import re
+import shlex
+import shutil
+import signal
+import sys
+import zipfile
+from contextlib import contextmanager
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 
 from gsm8k import is_path
-from record import read_run
+from record import generation_cycle, read_run
 
 RUN_FILES = ("run.json", "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")
+LOCK = ".lock"
+SCRATCH = ".saving"  # in OUTPUT_DIR: where a checkpoint is until it is whole, and where an old one goes to be deleted
+
+
+class RunStopped(Exception):
+    """A run ended before its last step, for a reason that is no bug: the message says which, and what to do."""
+
+    def __init__(self, message: str, status: int = 1, outcome: str = "failed"):
+        super().__init__(message)
+        self.status = status  # of the process
+        self.outcome = outcome  # in run.json
+
+
+# ---- checkpoints
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
     numbered = [path for path in found if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
-    return sorted(numbered, key=lambda p: int(p.name.partition("-")[2]))
+    return sorted(numbered, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def flaw(checkpoint: Path) -> str | None:
+    """Why a run cannot go on from this folder as if nothing had happened; None where it can. Reads headers only."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if not isinstance(state["global_step"], int) or not isinstance(state["max_steps"], int):
+            return "trainer_state.json names no step"
+    except FileNotFoundError:
+        return "trainer_state.json is missing"
+    except (ValueError, KeyError, TypeError):
+        return "trainer_state.json is damaged"
+    random_states = [path.name for path in checkpoint.glob("rng_state*.pth")]
+    for name in ("optimizer.pt", "scheduler.pt", *(random_states or ["rng_state.pth"])):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if not zipfile.is_zipfile(checkpoint / name):  # what torch.save writes; a truncated one has lost its directory
+            return f"{name} is damaged"
+    return _weights_flaw(checkpoint)
+
+
+def _weights_flaw(folder: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    names = [name for name in ("adapter_model.safetensors", "model.safetensors") if (folder / name).is_file()][:1]
+    if not names and (folder / "model.safetensors.index.json").is_file():
+        try:
+            index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+            names = sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            return "model.safetensors.index.json is damaged"
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt"):  # compares the header with the file's length
+                pass
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (SafetensorError, OSError):
+            return f"{name} is damaged"
+    return None if names else "model.safetensors is missing"
+
+
+def newest_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that a run can go on from, and what is wrong with each newer one."""
+    skipped = []
+    for checkpoint in reversed(checkpoints(output_dir)):
+        wrong = flaw(checkpoint)
+        if wrong is None:
+            return checkpoint, skipped
+        skipped.append(f"{checkpoint.name} cannot be used: {wrong}")
+    return None, skipped
+
+
+def is_finished(checkpoint: str | Path, trainer) -> bool:
+    """Whether the run that `trainer` would go on with from `checkpoint` has no step left."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] >= total_steps(trainer)
+
+
+def finish(checkpoint: Path, output_dir: Path) -> None:
+    """Put the policy of a run's last checkpoint into its folder, for a run that died after its last step."""
+    only_to_resume = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+    shutil.copytree(checkpoint, output_dir, ignore=only_to_resume, dirs_exist_ok=True)
+
+
+# Settings that a resumed run may change: where and how much is logged, saved and measured, and what memory is spent.
+# All others shape the trajectory.
+HARMLESS = re.compile(
+    r"output_dir|resume_from_checkpoint|allow_changed_settings|sample_every|log_.*|logging_.*|save_.*|eval_.*|do_.*"
+    r"|hub_.*|push_to_hub|report_to|run_name|project|trackio_.*|disable_tqdm|num_completions_to_print"
+    r"|gradient_checkpointing.*|dataset_test_split|vllm_gpu_memory_utilization|vllm_enable_sleep_mode|vllm_server_.*"
+    r"|torch_empty_cache_steps|skip_memory_metrics|local_rank|ddp_.*"
+)
+
+
+def find_checkpoint(config, description: dict, allow_changes: bool) -> str:
+    """The checkpoint to go on from: that of `--resume_from_checkpoint`, or the newest whole one for `auto`, aloud.
+
+    Args:
+        description: run.json's facts `settings` and `system_prompt` as this start would write them.
+        allow_changes: go on with other settings than the run's, aloud.
+
+    Raises:
+        RunStopped: settings that shape the trajectory are not those of the checkpoint's run.
+    """
+    chosen = config.resume_from_checkpoint
+    if chosen == "auto":
+        checkpoint, skipped = newest_whole(config.output_dir)
+        for line in skipped:
+            print(f"{line}; taking {checkpoint.name}")
+        chosen = str(checkpoint)
+    run = read_run(Path(chosen))
+    if "settings" not in run:
+        print(f"{chosen}: no run.json beside it, so its settings are taken to be these")
+    changes = changed_settings(run, description)
+    if changes and not allow_changes:
+        listed = "".join(f"\n  - {change}" for change in changes)
+        raise RunStopped(
+            f"{chosen} belongs to a run with other settings:{listed}\nGive those of the run, or say "
+            "--allow_changed_settings true",
+            status=2,
+        )
+    for change in changes:
+        print(f"changed on resuming: {change}")
+    return chosen
+
+
+def changed_settings(run: dict, description: dict) -> list[str]:
+    """What shapes the trajectory and differs between a run.json and a new start: a line each, old -> new."""
+    if "settings" not in run:
+        return []
+    before = {**run["settings"], "SYSTEM_PROMPT": run.get("system_prompt")}
+    after = json.loads(json.dumps(description["settings"], default=str))
+    after["SYSTEM_PROMPT"] = description["system_prompt"]
+    names = [name for name in after if name in before and not HARMLESS.fullmatch(name)]
+    return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in names if before[name] != after[name]]
+
+
+def check_problems(checkpoint: str | Path, fingerprint: str) -> None:
+    """Refuse to go on from `checkpoint` with other training problems than its run had.
+
+    Raises:
+        RunStopped: run.json knows another fingerprint.
+    """
+    if read_run(Path(checkpoint)).get("problems_sha256", fingerprint) != fingerprint:
+        raise RunStopped(
+            f"{checkpoint} belongs to a run on other problems: the dataset has changed since. Give those of the "
+            "run, or say --allow_changed_settings true",
+            status=2,
+        )
+
+
+# ---- checks before a run
 
 
 def find_problems(flags: argparse.Namespace) -> list[str]:
@@ -41,6 +203,12 @@ def _hardware(flags: argparse.Namespace) -> list[str]:
         problems.append(
             f"{torch.cuda.device_count()} GPUs are visible to one process. Show it one with CUDA_VISIBLE_DEVICES=0, or "
             "start one process each with `accelerate launch train_grpo.py`"
+        )
+    computes_in_bf16 = flags.bf16 and torch.cuda.is_available() and not flags.use_cpu
+    if computes_in_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        problems.append(
+            f"BF16 (--bf16) is true, but the {torch.cuda.get_device_name()} cannot compute in bf16: set --bf16 false "
+            "--fp16 true, with --use_peft true where the full model's fp32 weights do not fit"
         )
     if flags.use_vllm and (flags.use_cpu or not vllm_is_usable()):
         problems.append(
@@ -70,6 +238,7 @@ AT_LEAST_ONE = {
     "per_device_train_batch_size": "PER_DEVICE_BATCH_SIZE",
     "gradient_accumulation_steps": "GRADIENT_ACCUMULATION_STEPS",
     "eval_problems": "EVAL_PROBLEMS",
+    "save_total_limit": "SAVE_TOTAL_LIMIT",
 }
 ABOVE_ZERO = {
     "learning_rate": "LEARNING_RATE",
@@ -77,8 +246,6 @@ ABOVE_ZERO = {
     "save_steps": "SAVE_STEPS",
     "logging_steps": "LOGGING_STEPS",
 }
-
-
 WHOLE = {*AT_LEAST_ONE, "max_steps", "num_generations", "sample_every"}
 
 
@@ -168,28 +335,38 @@ def _sources(flags: argparse.Namespace) -> list[str]:
             problems.append(f"{constant} (--{flag}) is empty")
         elif is_path(name) and not Path(name).expanduser().is_dir():
             problems.append(f"{constant} (--{flag}) {name!r}: no such folder")
+        elif is_path(name) and constant == "DATASET":
+            problems += _splits(flags, Path(name).expanduser())
+    return problems
+
+
+def _splits(flags: argparse.Namespace, folder: Path) -> list[str]:
+    problems = []
+    if not (folder / f"{flags.dataset_train_split}.jsonl").is_file():
+        problems.append(f"DATASET (--dataset_name) {folder} has no {flags.dataset_train_split}.jsonl to train on")
+    if flags.eval_steps and not (folder / f"{flags.dataset_test_split}.jsonl").is_file():
+        problems.append(
+            f"DATASET (--dataset_name) {folder} has no {flags.dataset_test_split}.jsonl to evaluate on; EVAL_STEPS = 0 "
+            "(--eval_steps 0) trains without"
+        )
     return problems
 
 
 def _output_folder(flags: argparse.Namespace) -> list[str]:
-    folder, wanted = Path(flags.output_dir), flags.resume_from_checkpoint
+    folder = Path(flags.output_dir)
     if folder.exists() and not folder.is_dir():
         return [f"OUTPUT_DIR (--output_dir) {folder} is a file"]
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [f"OUTPUT_DIR (--output_dir) {folder}: {there} cannot be written to"]
+    if _is_locked(folder):
+        return [f"another run is writing to OUTPUT_DIR (--output_dir) {folder}; wait for it, or give another folder"]
+    if flags.resume_from_checkpoint is not None:
+        return _resumed_folder(folder, flags.resume_from_checkpoint)
     found = checkpoints(folder)
-    if wanted == "auto":
-        if not found:
-            return [f"--resume_from_checkpoint auto: {folder} holds no checkpoint. Leave the flag out to start a run"]
-    elif wanted is not None:
-        if not Path(wanted).is_dir():
-            return [f"--resume_from_checkpoint {wanted}: no such folder; `auto` takes the newest in {folder}"]
-        if found and Path(wanted).resolve().parent != folder.resolve():
-            return [
-                f"--resume_from_checkpoint {wanted} is another run's than OUTPUT_DIR (--output_dir) {folder}, which "
-                f"holds {found[-1].name}; give the run's own folder, or a new one"
-            ]
-    elif flags.demo and _is_demo(folder):
+    if flags.demo and _is_demo(folder):
         return []  # the demo replaces its own earlier run, aloud
-    elif flags.demo and folder.is_dir() and any(folder.iterdir()) and not (folder / "problems").is_dir():
+    elif flags.demo and _holds_more_than_a_lock(folder) and not (folder / "problems").is_dir():
         return [f"--output_dir {folder} holds something else than a demo; give the demo a new folder"]
     elif found:
         return [
@@ -202,6 +379,37 @@ def _output_folder(flags: argparse.Namespace) -> list[str]:
             "Start another with --output_dir OTHER, or delete it"
         ]
     return []
+
+
+def _resumed_folder(folder: Path, wanted: str) -> list[str]:
+    found = checkpoints(folder)
+    if wanted == "auto":
+        checkpoint, skipped = newest_whole(folder)
+        if checkpoint is None and skipped:
+            return [f"--resume_from_checkpoint auto: no checkpoint in {folder} is whole. " + "; ".join(skipped)]
+        if checkpoint is None:
+            return [f"--resume_from_checkpoint auto: {folder} holds no checkpoint. Leave the flag out to start a run"]
+        return []
+    if not Path(wanted).is_dir():
+        return [f"--resume_from_checkpoint {wanted}: no such folder; `auto` takes the newest in {folder}"]
+    if wrong := flaw(Path(wanted)):
+        return [f"--resume_from_checkpoint {wanted}: {wrong}; `auto` takes the newest whole checkpoint in {folder}"]
+    if found and Path(wanted).resolve().parent != folder.resolve():
+        return [
+            f"--resume_from_checkpoint {wanted} is another run's than OUTPUT_DIR (--output_dir) {folder}, which "
+            f"holds {found[-1].name}; give the run's own folder, or a new one"
+        ]
+    newer = [path.name for path in found if _step(path) > _step(Path(wanted).resolve()) and flaw(path) is None]
+    if newer:
+        return [
+            f"--resume_from_checkpoint {wanted}: {folder} holds the newer {', '.join(newer)}, which going on from "
+            "there would overwrite; give a new --output_dir, or `auto`"
+        ]
+    return []
+
+
+def _holds_more_than_a_lock(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
 
 
 def _is_demo(folder: Path) -> bool:
@@ -222,7 +430,301 @@ def _unused(flags: argparse.Namespace) -> list[str]:
     for tracker in [flags.report_to] if isinstance(flags.report_to, str) else flags.report_to or []:
         if tracker in TRACKERS and find_spec(tracker) is None:
             problems.append(f"--report_to {tracker} needs the package: pip install {tracker}")
+    if flags.auto_find_batch_size:
+        problems.append("--auto_find_batch_size would change the batch unseen; lower PER_DEVICE_BATCH_SIZE instead")
+    if flags.enable_jit_checkpoint:
+        problems.append("--enable_jit_checkpoint: this recipe saves on SIGTERM and Ctrl-C by itself; leave it out")
     for flag in ("do_train", "do_predict"):
         if getattr(flags, flag):
             problems.append(f"--{flag} has no effect here; leave it out")
     return problems
+
+
+# ---- a run's folder is one run's
+
+
+@contextmanager
+def locked(output_dir: str):
+    """Hold `output_dir` for this process; the lock ends with the process, however it ends.
+
+    Raises:
+        RunStopped: another run holds it, or it cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    if int(os.environ.get("RANK", 0)) > 0:  # the main process holds it for all
+        yield
+        return
+    folder = Path(output_dir)
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, blocking=False).acquire()
+    except Timeout as error:
+        raise RunStopped(f"another run is writing to {folder}; wait for it, or give another --output_dir") from error
+    except OSError as error:
+        raise RunStopped(f"OUTPUT_DIR (--output_dir) {folder} cannot be written to: {error}") from error
+    try:
+        with lock:
+            yield
+    finally:
+        if is_new and not _holds_more_than_a_lock(folder):  # the run never began
+            shutil.rmtree(folder)
+
+
+def _is_locked(folder: Path) -> bool:
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+# ---- while it trains
+
+
+def total_steps(trainer) -> int:
+    """Optimizer steps of the whole run, MAX_STEPS or what EPOCHS come to."""
+    *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return max_steps
+
+
+def check_disk(trainer) -> None:
+    """Refuse to start what cannot be saved.
+
+    A checkpoint holds the trained weights as they are, and AdamW's two moments in the same type.
+
+    Raises:
+        RunStopped: the checkpoints that are kept, the one being written and the final policy do not fit.
+    """
+    args, policy = trainer.args, trainer.model
+    is_lora = hasattr(policy, "peft_config")
+    saved = [p for p in policy.parameters() if p.requires_grad or not is_lora]
+    weights = sum(p.numel() * p.element_size() for p in saved)
+    moments = 0 if args.save_only_model else 2 * sum(p.numel() * p.element_size() for p in saved if p.requires_grad)
+    saves = -(-total_steps(trainer) // args.save_steps) if args.save_steps >= 1 else args.save_total_limit
+    at_once = int(min(args.save_total_limit + 1, saves))  # one more than is kept, while the newest is written
+    needed = (weights + moments) * max(1, at_once - len(checkpoints(args.output_dir))) + weights
+    free = shutil.disk_usage(args.output_dir).free
+    if needed > free:
+        raise RunStopped(
+            f"{args.output_dir} has {_size(free)} free, and this run writes {_size(needed)} there: {at_once} "
+            f"checkpoints (SAVE_TOTAL_LIMIT {args.save_total_limit}, and one while it is written) of "
+            f"{_size(weights + moments)}, and the final policy of {_size(weights)}. Free some space, give an "
+            "--output_dir on a larger disk, or lower SAVE_TOTAL_LIMIT (--save_total_limit)"
+        )
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def finite(reward_func):
+    """`reward_func` under its own name, with an end to the run where it pays NaN or infinity: TRL would go on, and
+    reads NaN as 'this function does not apply', for which a reward has None."""
+
+    @functools.wraps(reward_func)
+    def checked(*args, trainer_state, **kwargs):
+        rewards = reward_func(*args, trainer_state=trainer_state, **kwargs)
+        odd = [i for i, reward in enumerate(rewards) if reward is not None and not isfinite(reward)]
+        if odd:
+            raise RunStopped(
+                f"step {trainer_state.global_step + 1}: {reward_func.__name__} paid {rewards[odd[0]]} for completion "
+                f"{odd[0]} of {len(rewards)} ({len(odd)} such); a reward is a finite number, or None where it does not "
+                "apply. The weights are those of the step before"
+            )
+        return rewards
+
+    return checked
+
+
+def protect(trainer):
+    """Make `trainer` save whole checkpoints, stop on signals after a step that a resumed run can go on from, and end
+    before a non-finite gradient reaches the weights. Returns the callback, which is already added."""
+    import torch
+    from accelerate.data_loader import get_sampler
+    from transformers import TrainerCallback
+
+    class Guard(TrainerCallback):
+        heard: signal.Signals | None = None  # the first signal
+
+        @contextmanager
+        def listening(self):
+            """Take SIGTERM and Ctrl-C as a wish to save and stop; the second one ends the process where it is."""
+            before = {number: signal.signal(number, self.hear) for number in (signal.SIGTERM, signal.SIGINT)}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+        def hear(self, number, frame):
+            if self.heard is not None:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self.heard = signal.Signals(number)
+            message = f"\n{self.heard.name}: finishing this step, then saving; a second signal stops at once\n"
+            os.write(2, message.encode())  # unlike print, safe in the middle of a print
+
+        def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
+            _check_weights(model, "the policy to start from")
+            state.compute_steps(args, state.max_steps)  # or a resumed run saves and logs as often as before
+            # TRL's sampler shuffles anew each epoch, from where its generator stands, which no checkpoint holds
+            for _ in range(int(state.epoch or 0) if args.shuffle_dataset else 0):
+                next(iter(get_sampler(train_dataloader)))
+
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            if args.fp16:  # the loss scaler meets infinite gradients as a matter of course, and skips those steps
+                return
+            # _tr_loss is the sum of the losses since the last log; it has no public name
+            gradient = largest([p.grad for p in model.parameters() if p.grad is not None])
+            for name, value in (("loss", trainer._tr_loss), ("gradient", gradient)):
+                if not torch.isfinite(value):
+                    raise RunStopped(
+                        f"step {state.global_step + 1}: the {name} is {value.item()}. The weights were not changed; "
+                        f"{_kept(args.output_dir)}. Lower LEARNING_RATE (now {args.learning_rate:g}), or look at the "
+                        "last samples for what came before"
+                    )
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.heard and state.global_step % generation_cycle(args) == 0:
+                control.should_save = control.should_training_stop = True
+
+        def end(self):
+            """Raises RunStopped where a signal, and not the last step, ended the training."""
+            state, folder = trainer.state, trainer.args.output_dir
+            if self.heard and state.global_step < state.max_steps:
+                raise RunStopped(
+                    f"{self.heard.name}: saved {folder}/checkpoint-{state.global_step}. Go on with\n"
+                    f"  {_resume_command()}",
+                    status=128 + self.heard,
+                    outcome="stopped",
+                )
+
+    shutil.rmtree(Path(trainer.args.output_dir) / SCRATCH, ignore_errors=True)  # what a killed run left
+    trainer._save_checkpoint = functools.partial(_save_whole, trainer, trainer._save_checkpoint)
+    guard = Guard()
+    trainer.add_callback(guard)
+    return guard
+
+
+def largest(tensors: list):
+    """The largest absolute value in all of `tensors`, as a scalar tensor; not a number where one of them is not."""
+    from torch.nn.utils import get_total_norm
+
+    return get_total_norm(tensors, norm_type=float("inf"))
+
+
+def _check_weights(model, what: str) -> None:
+    if not largest([p.detach() for p in model.parameters() if p.is_floating_point()]).isfinite():
+        raise RunStopped(f"{what} holds weights that are infinite or not a number")
+
+
+def _save_whole(trainer, save, model, trial) -> None:
+    """Let the trainer write its checkpoint in a hidden folder, and move it into place when it is whole.
+
+    Older whole checkpoints beyond SAVE_TOTAL_LIMIT go only then; damaged ones do not count, and stay.
+    """
+    from safetensors import SafetensorError
+
+    args, name = trainer.args, f"checkpoint-{trainer.state.global_step}"
+    folder = Path(args.output_dir)
+    scratch = folder / SCRATCH
+    _check_weights(model, f"the policy after step {trainer.state.global_step}")
+    try:
+        args.output_dir = str(scratch)
+        save(model, trial)
+        trainer._finish_current_push()  # --push_to_hub uploads from there
+        if (folder / name).exists():  # damaged, or find_problems would have objected
+            (folder / name).rename(scratch / "damaged")
+        (scratch / name).rename(folder / name)
+        whole = [path for path in checkpoints(folder) if flaw(path) is None]
+        for old in whole[: -args.save_total_limit]:
+            old.rename(scratch / old.name)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RunStopped(
+            f"saving {name} failed: {reason} ({_size(shutil.disk_usage(folder).free)} free in {folder}). "
+            f"{_kept(folder)}. Free some space, then go on with\n  {_resume_command()}"
+        ) from error
+    finally:
+        args.output_dir = str(folder)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _kept(folder: str | Path) -> str:
+    checkpoint, _ = newest_whole(folder)
+    return f"{checkpoint} is the last whole checkpoint" if checkpoint else f"{folder} holds no whole checkpoint yet"
+
+
+def _resume_command() -> str:
+    words = list(sys.argv)
+    for i, word in reversed(list(enumerate(words))):
+        if re.fullmatch(r"--resume[_-]from[_-]checkpoint(=.*)?", word):
+            del words[i : i + (1 if "=" in word else 2)]
+    return shlex.join(["python", *words, "--resume_from_checkpoint", "auto"])
+
+
+# ---- faults
+
+
+@contextmanager
+def faults_explained(config):
+    """Turn what the machine or a file does to a run into one message that says what to change."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        peak, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+        raise RunStopped(out_of_memory(config, peak, total)) from error
+    except pickle.UnpicklingError as error:
+        raise RunStopped(
+            f"{config.resume_from_checkpoint} holds more than tensors and numbers in optimizer.pt, scheduler.pt or "
+            "rng_state.pth. Such a file can run code when it is loaded: it was not loaded. Resume from a checkpoint "
+            "that you trust"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        if not re.search("No space left|Disk quota exceeded|File too large", str(error)):
+            raise
+        free = _size(shutil.disk_usage(config.output_dir).free)
+        raise RunStopped(
+            f"writing to {config.output_dir} failed: {error} ({free} free). {_kept(config.output_dir)}. Free some "
+            f"space, then go on with\n  {_resume_command()}"
+        ) from error
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise RunStopped(
+            "the policy's probabilities are infinite or not a number: it has diverged. "
+            f"{_kept(config.output_dir)}. Lower LEARNING_RATE (now {config.learning_rate:g}) and start anew"
+        ) from error
+
+
+def out_of_memory(config, peak: int, total: int) -> str:
+    """What to change after CUDA ran out of memory, the most effective first. `peak` and `total` in bytes."""
+    batch, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    remedies = []
+    if config.use_vllm and config.vllm_mode == "colocate":
+        remedies.append(f"--vllm_gpu_memory_utilization below {config.vllm_gpu_memory_utilization:g}, vLLM's share")
+    if not config.gradient_checkpointing:
+        remedies.append("GRADIENT_CHECKPOINTING = True")
+    if batch > 1:
+        remedies.append(
+            f"PER_DEVICE_BATCH_SIZE {batch} -> {batch // 2}, with GRADIENT_ACCUMULATION_STEPS {passes} -> "
+            f"{passes * batch // (batch // 2)} the step stays the same"
+        )
+    remedies.append(f"MAX_COMPLETION_LENGTH below {config.max_completion_length}")
+    if config.beta:
+        remedies.append("BETA = 0, without a reference model")
+    remedies += ["--use_peft true: LoRA needs no gradients and AdamW states for the full model", "a smaller MODEL"]
+    lines = "".join(f"\n  {i}. {remedy}" for i, remedy in enumerate(remedies, start=1))
+    return (
+        f"CUDA is out of memory: {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB were in use at the peak. Change, in order "
+        f"of effect:{lines}"
+    )

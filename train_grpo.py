@@ -22,7 +22,21 @@ from yaml import YAMLError
 
 import demo
 from gsm8k import BadInput, expand
-from safeguards import checkpoints, find_problems, vllm_is_usable
+from record import printable, read_run
+from safeguards import (
+    RunStopped,
+    check_disk,
+    check_problems,
+    faults_explained,
+    find_checkpoint,
+    find_problems,
+    finish,
+    finite,
+    is_finished,
+    locked,
+    protect,
+    vllm_is_usable,
+)
 
 # ---- policy
 MODEL = "Qwen/Qwen2.5-1.5B-Instruct"  # name on the Hub or local folder; an instruct model, for its chat template
@@ -39,6 +53,7 @@ SEED = 42
 EPOCHS = 1  # over GSM8K's 7,473 problems: 1,868 steps
 MAX_STEPS = -1  # optimizer steps; above 0 it overrides EPOCHS
 SAVE_STEPS = 100
+SAVE_TOTAL_LIMIT = 2  # checkpoints kept, 18 GB each for 1.5B in fp32: the newest, and one in case that is damaged
 LOGGING_STEPS = 1
 SAMPLE_EVERY = 10  # steps between printed samples; 0 prints none
 EVAL_STEPS = 100  # steps between greedy evaluations on held-out problems, from step 0 on; 0 turns them off
@@ -84,6 +99,7 @@ DEFAULTS = {  # the constants under TRL's names for them, which are the flags
     "num_train_epochs": EPOCHS,
     "max_steps": MAX_STEPS,
     "save_steps": SAVE_STEPS,
+    "save_total_limit": SAVE_TOTAL_LIMIT,
     "logging_steps": LOGGING_STEPS,
     "sample_every": SAMPLE_EVERY,
     "eval_steps": EVAL_STEPS,
@@ -107,6 +123,7 @@ DEFAULTS = {  # the constants under TRL's names for them, which are the flags
     "use_vllm": USE_VLLM,
     "log_completions": True,  # writes OUTPUT_DIR/completions/*.parquet
     "num_completions_to_print": 0,  # and prints none of it: SAMPLE_EVERY does, readably
+    "logging_nan_inf_filter": False,  # which would replace a loss that is not a number by the average of those before
 }
 
 
@@ -123,6 +140,9 @@ class RecipeConfig:
     max_prompt_length: int = field(default=MAX_PROMPT_LENGTH, metadata={"help": "Longer prompts are dropped (tokens)."})
     sample_every: int = field(default=SAMPLE_EVERY, metadata={"help": "Steps between printed samples; 0: none."})
     eval_problems: int = field(default=EVAL_PROBLEMS, metadata={"help": "Test problems that eval_steps measures on."})
+    allow_changed_settings: bool = field(
+        default=False, metadata={"help": "Resume although settings that shape the trajectory differ from the run's."}
+    )
     demo: bool = field(default=False, metadata={"help": "A tiny policy on made-up sums: any machine, offline."})
 
 
@@ -154,7 +174,8 @@ class RecipeParser(TrlParser):
         problems = [f"unknown flag or stray value {word!r}; --help lists all flags" for word in unknown]
         problems += find_problems(flags)
         if problems:
-            self.exit(2, "train_grpo.py cannot start:\n" + "".join(f"  - {problem}\n" for problem in problems))
+            listed = "".join(f"  - {printable(problem)}\n" for problem in problems)
+            self.exit(2, f"train_grpo.py cannot start:\n{listed}")
         if flags.demo:
             demo.name_sources(flags)
         if flags.use_vllm is None:
@@ -173,8 +194,6 @@ def read_settings(argv: list[str] | None = None) -> tuple[RecipeConfig, GRPOConf
         recipe, config, model_config = parser.parse_args_and_config(argv)
     except (ValueError, OSError, IndexError, YAMLError) as error:  # TRL's objections; no or no readable --config file
         parser.error(str(error))
-    if config.resume_from_checkpoint == "auto":
-        config.resume_from_checkpoint = str(checkpoints(config.output_dir)[-1])
     if config.use_vllm and config.vllm_max_model_length is None:
         # vLLM would reserve cache for the model's whole context, 32,768 tokens for Qwen2.5
         config.vllm_max_model_length = recipe.max_prompt_length + config.max_completion_length
@@ -186,6 +205,14 @@ def read_settings(argv: list[str] | None = None) -> tuple[RecipeConfig, GRPOConf
         **(config.model_init_kwargs or {}),
     }
     return recipe, config, model_config
+
+
+def describe(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -> dict:
+    """Every setting as used, for run.json."""
+    from rewards import SYSTEM_PROMPT
+
+    settings = {**vars(recipe), **vars(model_config), **config.to_dict()}
+    return {"settings": settings, "system_prompt": SYSTEM_PROMPT}
 
 
 # ---- the method
@@ -224,7 +251,7 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
     try:
         trainer = GRPOTrainer(
             model=model_config.model_name_or_path,
-            reward_funcs=REWARD_FUNCS,
+            reward_funcs=[finite(reward_func) for reward_func in REWARD_FUNCS],
             args=config,
             train_dataset=Dataset.from_list(samples),
             processing_class=tokenizer,
@@ -249,26 +276,37 @@ def train(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -
     """Train from the first sample to the saved policy; OUTPUT_DIR/run.json says what ran and how it ended."""
     from evaluate import held_out_callback, held_out_sample
     from gsm8k import load_tokenizer
-    from record import closing_remarks, device_name, recorded
-    from rewards import SYSTEM_PROMPT
+    from record import closing_remarks, device_name, fingerprint, recorded
 
+    folder, checkpoint = Path(config.output_dir), config.resume_from_checkpoint
     tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision, config.trust_remote_code)
     samples, dataset_revision = load_samples(recipe, config, tokenizer)
+    if checkpoint and not recipe.allow_changed_settings:
+        check_problems(checkpoint, fingerprint(samples))
     task = held_out_task(recipe, config)
     held_out = held_out_sample(task, recipe.eval_problems) if config.eval_steps else []
     trainer = build_trainer(recipe, config, model_config, tokenizer, samples)
+    guard = protect(trainer)  # from now on a signal, a full disk or a NaN ends the run with what was good in place
     if held_out:
         trainer.add_callback(held_out_callback(trainer, tokenizer, task, held_out, every=int(config.eval_steps)))
     facts = {
-        "settings": {**vars(recipe), **vars(model_config), **config.to_dict()},
-        "system_prompt": SYSTEM_PROMPT,
+        **describe(recipe, config, model_config),
         "model_revision": getattr(trainer.model.config, "_commit_hash", None),
         "dataset_revision": dataset_revision,
         "problems": len(samples),
+        "problems_sha256": fingerprint(samples),
         "device": device_name(config.device),
     }
-    with recorded(Path(config.output_dir), **facts):
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    if checkpoint and is_finished(checkpoint, trainer):
+        print(f"{folder}: already complete, {checkpoint} is its last step")
+        if read_run(folder).get("outcome") != "finished":
+            with recorded(folder, **facts):
+                finish(Path(checkpoint), folder)
+        return
+    check_disk(trainer)
+    with recorded(folder, **facts), guard.listening():
+        trainer.train(resume_from_checkpoint=checkpoint)
+        guard.end()
         trainer.save_model()
         trainer.save_state()  # with the log that curves.py draws
     for remark in closing_remarks(trainer.state.log_history):
@@ -305,17 +343,24 @@ def measure(policy: str, recipe: RecipeConfig, config: GRPOConfig, name: str) ->
 def main(argv: list[str] | None = None) -> None:
     recipe, config, model_config = read_settings(argv)
     try:
-        if recipe.demo:
-            demo.prepare(config.output_dir, config.seed, config.use_cpu, fresh=config.resume_from_checkpoint is None)
-            before = measure(model_config.model_name_or_path, recipe, config, "evaluation_before")
-        train(recipe, config, model_config)
-        if recipe.demo:
-            from evaluate import table
+        with locked(config.output_dir), faults_explained(config):
+            if config.resume_from_checkpoint is not None:
+                description = describe(recipe, config, model_config)
+                config.resume_from_checkpoint = find_checkpoint(config, description, recipe.allow_changed_settings)
+            if recipe.demo:
+                demo.prepare(config.output_dir, config.seed, config.use_cpu, fresh=not config.resume_from_checkpoint)
+                before = measure(model_config.model_name_or_path, recipe, config, "evaluation_before")
+            train(recipe, config, model_config)
+            if recipe.demo:
+                from evaluate import table
 
-            after = measure(config.output_dir, recipe, config, "evaluation_after")
-            print(table({"before GRPO": before, "after GRPO": after}))
+                after = measure(config.output_dir, recipe, config, "evaluation_after")
+                print(table({"before GRPO": before, "after GRPO": after}))
     except BadInput as error:
-        sys.exit(f"train_grpo.py: {error}")
+        sys.exit(f"train_grpo.py: {printable(str(error))}")
+    except RunStopped as stop:
+        print(f"train_grpo.py: {printable(str(stop))}", file=sys.stderr)
+        sys.exit(stop.status)
     except KeyboardInterrupt:
         print(f"\ntrain_grpo.py: interrupted; what was saved is in {config.output_dir}", file=sys.stderr)
         sys.exit(130)

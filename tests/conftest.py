@@ -48,12 +48,13 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory, data) -> Path:
-    """A folder with a random Qwen2 of 0.1M parameters and the demo's kind of tokenizer."""
+    """A folder with a Qwen2 of 0.1M parameters and the demo's kind of tokenizer. It answers with some number, so that
+    completions of one group earn different rewards and every step has a gradient."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import demo
-    from gsm8k import load_problems
+    from gsm8k import load_problems, to_prompt
 
     tokenizer = demo._train_tokenizer(load_problems(str(data), None, "train")[0])
     torch.manual_seed(0)
@@ -66,21 +67,31 @@ def policy(tmp_path_factory, data) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=False,  # tied random embeddings just repeat the last token
-        initializer_range=0.3,
+        initializer_range=0.1,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
+    model = Qwen2ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    prompt = tokenizer.apply_chat_template(to_prompt("How many?"), add_generation_prompt=True, tokenize=False)
+    for step in range(150):
+        texts = [f"{prompt}{(7 * step + 13 * i) % 50}{tokenizer.eos_token}" for i in range(16)]
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
+        model(**batch, labels=batch.input_ids.masked_fill(batch.attention_mask == 0, -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def launch(script: str, *args, **env) -> subprocess.Popen:
-    """Start an entry point in a process of its own, without the Hub; stdout and stderr as text."""
+    """Start an entry point, or lines of Python, in a process of its own, without the Hub; stdout and stderr as text."""
+    what = [str(ROOT / script)] if script.endswith(".py") else ["-c", script]
     return subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / script), *map(str, args)],
+        [sys.executable, "-u", *what, *map(str, args)],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **{k: str(v) for k, v in env.items()}},
         stdout=subprocess.PIPE,
@@ -103,6 +114,18 @@ def flags(policy: Path, data: Path, output: Path, **changes) -> list[str]:
     """The command line of a small run; a change to None drops a flag."""
     settings = {"model_name_or_path": policy, "dataset_name": data, "output_dir": output, **SMALL, **changes}
     return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def weights(folder: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def identical(first: dict, second: dict) -> bool:
+    import torch
+
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture(scope="session")

@@ -3,27 +3,17 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, flags, problem, start, write_jsonl
-from safetensors.torch import load_file
+from conftest import ROOT, flags, identical, problem, start, weights, write_jsonl
 
 import train_grpo
 from record import closing_remarks
 from safeguards import checkpoints
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-
-
-def weights(folder: Path) -> dict:
-    return load_file(folder / "model.safetensors")
-
-
-def identical(first: dict, second: dict) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 # ---- a run
@@ -290,6 +280,10 @@ MISTAKES = [
     (["--config"], ["train_grpo.py:"], "a flag without its value"),
     (["--report_to", "mlflow"], ["pip install mlflow"], "a tracker that is not installed"),
     (["--eval_steps", "-1"], ["EVAL_STEPS"], "negative"),
+    (["--save_total_limit", "0"], ["SAVE_TOTAL_LIMIT"], "keeps nothing"),
+    (["--auto_find_batch_size", "true"], ["PER_DEVICE_BATCH_SIZE"], "the batch is the user's"),
+    (["--enable_jit_checkpoint", "true"], ["SIGTERM"], "two that save on a signal"),
+    (["--model_name_or_path", "./\x1b[2Jx"], [r"\x1b[2Jx"], "nothing drives the terminal"),
 ]
 
 
@@ -382,13 +376,12 @@ def test_bad_data_is_one_message_and_no_traceback(policy, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_test_split_is_said_before_the_model_loads(policy, tmp_path):
+def test_a_missing_split_is_said_before_anything_loads(policy, tmp_path, capsys):
     write_jsonl(tmp_path / "data" / "train.jsonl", [problem(a, 1) for a in range(12)])
-    done = start("train_grpo.py", *flags(policy, tmp_path / "data", tmp_path / "run"))
-    assert done.returncode == 1
-    assert "test.jsonl: no such file" in done.stderr
-    assert "EVAL_STEPS = 0" in done.stderr
-    assert not (tmp_path / "run").exists()
+    words = ["--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run")]
+    error = refused(capsys, *words, "--dataset_train_split", "trian")
+    assert "no trian.jsonl to train on" in error
+    assert "no test.jsonl to evaluate on; EVAL_STEPS = 0" in error
 
 
 def test_too_few_problems_for_one_generation_is_an_error(policy, tmp_path):
