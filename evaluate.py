@@ -74,8 +74,9 @@ def complete(
     batch_size: int = BATCH_SIZE,
     chat_template_kwargs: dict | None = None,
     progress: bool = True,
+    temperature: float = 0.0,
 ) -> list[dict]:
-    """Greedy completions of B conversational prompts, in their order.
+    """Completions of B conversational prompts, in their order: greedy, or sampled where `temperature` is above 0.
 
     Prompts of similar length share a batch, the longest first, so that little is padded and a batch that does not fit
     fails at once.
@@ -92,7 +93,7 @@ def complete(
     # generate() fills what a given config leaves at its default from the model's own, such as Qwen2.5's repetition
     # penalty of 1.05, so the model's own is replaced
     model.generation_config = GenerationConfig(
-        do_sample=False,
+        **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}),
         max_new_tokens=max_completion_length,
         eos_token_id=sorted(eos_ids),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
@@ -207,11 +208,15 @@ class Task:
     split: str
     max_completion_length: int  # tokens
     chat_template_kwargs: dict
+    one_shot: bool = False  # a worked example before the question
     system_prompt: str = SYSTEM_PROMPT
     limit: int | None = None  # only the first so many problems
 
     def problems(self) -> list[dict]:
         return load_problems(self.dataset_name, self.dataset_config, self.split)[0][: self.limit]
+
+    def prompt(self, question: str) -> list[dict]:
+        return to_prompt(question, self.system_prompt, self.one_shot)
 
 
 def evaluate(
@@ -236,7 +241,7 @@ def evaluate(
         raise BadInput("--use_vllm true needs vLLM 0.22.0 to 0.31.0 and a CUDA GPU; leave it out to use Transformers")
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
     problems = task.problems()
-    prompts = [to_prompt(problem["question"], task.system_prompt) for problem in problems]
+    prompts = [task.prompt(problem["question"]) for problem in problems]
     if use_vllm is None:  # vLLM loads whole models, no adapters
         use_vllm = vllm_is_usable() and not use_cpu and not (Path(name) / "adapter_config.json").exists()
     if use_vllm:
@@ -250,6 +255,7 @@ def evaluate(
     report["model_revision"] = revision
     report["max_completion_length"] = task.max_completion_length
     report["chat_template_kwargs"] = task.chat_template_kwargs
+    report["one_shot"] = task.one_shot
     report["system_prompt"] = task.system_prompt
     return report, rows
 
@@ -277,7 +283,7 @@ def load_evaluation(folder: Path, task: Task) -> tuple[dict, list[dict]]:
         )
     differing = [
         f"{name.replace('_', ' ')}: {report.get(name)!r} there, {getattr(task, name)!r} here"
-        for name in ("max_completion_length", "chat_template_kwargs", "system_prompt")
+        for name in ("max_completion_length", "chat_template_kwargs", "one_shot", "system_prompt")
         if report.get(name) != getattr(task, name)
     ]
     wanted = [(problem["question"], problem["answer"]) for problem in task.problems()]
@@ -363,7 +369,7 @@ def held_out_callback(trainer, tokenizer, task: Task, problems: list[dict], ever
     import torch
     from transformers import Trainer, TrainerCallback
 
-    prompts = [to_prompt(problem["question"], task.system_prompt) for problem in problems]
+    prompts = [task.prompt(problem["question"]) for problem in problems]
 
     def measure() -> None:
         policy, on = trainer.model, trainer.args.device
@@ -409,6 +415,9 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
     parser.add_argument("--dataset_test_split", help=f"split to evaluate on (default: the run's, else {SPLIT})")
     parser.add_argument("--max_completion_length", type=int, help="tokens (default: the run's, else 512)")
     parser.add_argument("--chat_template_kwargs", type=json.loads, help='JSON, such as {"enable_thinking": false}')
+    parser.add_argument(
+        "--one_shot", type=json.loads, metavar="true|false", help="a worked example before the question (the run's)"
+    )
     parser.add_argument("--limit", type=int, help="only the first so many problems")
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="problems at a time (%(default)s)")
     parser.add_argument(
@@ -436,6 +445,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
         "dataset_test_split": SPLIT,
         "max_completion_length": MAX_COMPLETION_LENGTH,
         "chat_template_kwargs": {},
+        "one_shot": False,
     }
     for name, default in defaults.items():
         if getattr(flags, name) is None:
@@ -446,6 +456,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
         flags.dataset_test_split,
         flags.max_completion_length,
         flags.chat_template_kwargs,
+        flags.one_shot,
         run.get("system_prompt", SYSTEM_PROMPT),
         flags.limit,
     )
@@ -455,7 +466,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
 def ask(flags: argparse.Namespace, task: Task) -> str:
     tokenizer = load_tokenizer(flags.model, flags.model_revision, flags.trust_remote_code)
     policy = load_policy(flags.model, flags.model_revision, flags.use_cpu, flags.trust_remote_code)
-    prompt = to_prompt(flags.ask, task.system_prompt)
+    prompt = task.prompt(flags.ask)
     length, kwargs = task.max_completion_length, task.chat_template_kwargs
     answer = complete(policy, tokenizer, [prompt], length, chat_template_kwargs=kwargs, progress=False)[0]
     return printable(answer["text"]) + (" [cut off]" if answer["truncated"] else "")

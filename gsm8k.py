@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from rewards import SYSTEM_PROMPT, extract_hash_answer, parse_number
+from rewards import ONE_SHOT_ANSWER, ONE_SHOT_QUESTION, SYSTEM_PROMPT, extract_hash_answer, parse_number
 
 ROWS_NAMED = 5  # bad rows an error spells out; the rest are counted
 
@@ -132,13 +132,30 @@ def _fault(row: object) -> str | None:
 # ---- chat samples
 
 
-def to_samples(problems: list[dict]) -> list[dict]:
-    """`prompt` (system and user message) and `answer` (gold), the columns that GRPOTrainer and the rewards read."""
-    return [{"prompt": to_prompt(problem["question"]), "answer": problem["answer"]} for problem in problems]
+def to_samples(problems: list[dict], one_shot: bool = False) -> list[dict]:
+    """`prompt` and `answer` (gold), the columns that GRPOTrainer and the rewards read, and `rationale`, for a cold
+    start."""
+    return [
+        {
+            "prompt": to_prompt(problem["question"], one_shot=one_shot),
+            "answer": problem["answer"],
+            "rationale": problem["rationale"],
+        }
+        for problem in problems
+    ]
 
 
-def to_prompt(question: str, system_prompt: str = SYSTEM_PROMPT) -> list[dict]:
-    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+def to_prompt(question: str, system_prompt: str = SYSTEM_PROMPT, one_shot: bool = False) -> list[dict]:
+    """System and user message; with `one_shot`, a solved problem as an earlier turn between them."""
+    example = [
+        {"role": "user", "content": ONE_SHOT_QUESTION},
+        {"role": "assistant", "content": ONE_SHOT_ANSWER},
+    ]
+    return [
+        {"role": "system", "content": system_prompt},
+        *(example if one_shot else []),
+        {"role": "user", "content": question},
+    ]
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False):

@@ -74,8 +74,9 @@ def read_run(folder: Path) -> dict:
 
 
 @contextmanager
-def recorded(folder: Path, **facts):
-    """Keep `folder`/run.json while the body runs: `facts`, versions, commit, command, start, end and outcome.
+def recorded(folder: Path, done: str = "finished", **facts):
+    """Keep `folder`/run.json while the body runs: `facts`, versions, commit, command, start, end and outcome, which is
+    `done` where the body ends without an error.
 
     A resumed run keeps its earlier starts under `earlier`.
     """
@@ -110,7 +111,7 @@ def recorded(folder: Path, **facts):
         except OSError as full:  # the error that ends the run matters more
             print(f"{folder}/run.json does not say how the run ended: {full}", file=sys.stderr)
         raise
-    run |= {"outcome": "finished", "ended": _now()}
+    run |= {"outcome": done, "ended": _now()}
     write()
 
 
@@ -191,7 +192,7 @@ def plan(trainer, max_steps: int, model: str, start_step: int = 0) -> str:
 def generation_cycle(args) -> int:
     """After how many optimizer steps a run is at a generation's end again: what it has generated is used up then, and
     not part of a checkpoint."""
-    passes = args.steps_per_generation * args.num_iterations
+    passes = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)  # SFT generates nothing
     return math.lcm(passes, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
 
 

@@ -29,6 +29,13 @@ XML_COT_FORMAT = """\
 </answer>
 """
 
+# A worked example in that format, for ONE_SHOT and for sampling the policy's own cold start.
+ONE_SHOT_QUESTION = "A baker fills 3 trays with 12 rolls each and sells 20 of the rolls. How many rolls are left?"
+ONE_SHOT_ANSWER = XML_COT_FORMAT.format(
+    reasoning="3 trays of 12 rolls are 3 * 12 = 36 rolls.\nAfter selling 20 of them, 36 - 20 = 16 rolls are left.",
+    answer="16",
+).rstrip("\n")
+
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 # Signs of self-reflection, the 'aha moment' of the R1 report: lower-cased substrings.

@@ -121,8 +121,9 @@ HARMLESS = re.compile(
 )
 
 
-def find_checkpoint(config, description: dict, allow_changes: bool) -> str:
-    """The checkpoint to go on from: that of `--resume_from_checkpoint`, or the newest whole one for `auto`, aloud.
+def find_checkpoint(config, description: dict, allow_changes: bool) -> str | None:
+    """The checkpoint to go on from: that of `--resume_from_checkpoint`, or the newest whole one for `auto`, aloud; None
+    for a run that ended during or after its cold start, before GRPO's first checkpoint.
 
     Args:
         description: run.json's facts `settings` and `system_prompt` as this start would write them.
@@ -136,7 +137,7 @@ def find_checkpoint(config, description: dict, allow_changes: bool) -> str:
         checkpoint, skipped = newest_whole(config.output_dir)
         for line in skipped:
             print(f"{line}; taking {checkpoint.name}")
-        chosen = str(checkpoint)
+        chosen = str(checkpoint or config.output_dir)
     run = read_run(Path(chosen))
     if "settings" not in run:
         print(f"{chosen}: no run.json beside it, so its settings are taken to be these")
@@ -150,6 +151,9 @@ def find_checkpoint(config, description: dict, allow_changes: bool) -> str:
         )
     for change in changes:
         print(f"changed on resuming: {change}")
+    if chosen == config.output_dir:
+        print(f"{chosen}: no checkpoint of GRPO yet, going on from the cold start")
+        return None
     return chosen
 
 
@@ -239,14 +243,17 @@ AT_LEAST_ONE = {
     "gradient_accumulation_steps": "GRADIENT_ACCUMULATION_STEPS",
     "eval_problems": "EVAL_PROBLEMS",
     "save_total_limit": "SAVE_TOTAL_LIMIT",
+    "cold_start_epochs": "COLD_START_EPOCHS",
+    "cold_start_batch_size": "COLD_START_BATCH_SIZE",
 }
 ABOVE_ZERO = {
     "learning_rate": "LEARNING_RATE",
     "temperature": "TEMPERATURE",
     "save_steps": "SAVE_STEPS",
     "logging_steps": "LOGGING_STEPS",
+    "cold_start_learning_rate": "COLD_START_LEARNING_RATE",
 }
-WHOLE = {*AT_LEAST_ONE, "max_steps", "num_generations", "sample_every"}
+WHOLE = {*AT_LEAST_ONE, "cold_start_examples", "max_steps", "num_generations", "sample_every"}
 
 
 def _kind(flag: str) -> str:
@@ -260,6 +267,7 @@ def _is_number(value: object, whole: bool) -> bool:
 def _sizes(flags: argparse.Namespace) -> list[str]:
     numbers = {**AT_LEAST_ONE, **ABOVE_ZERO, "max_steps": "MAX_STEPS", "num_generations": "NUM_GENERATIONS"}
     numbers |= {
+        "cold_start_examples": "COLD_START_EXAMPLES",
         "sample_every": "SAMPLE_EVERY",
         "eval_steps": "EVAL_STEPS",
         "beta": "BETA",
@@ -276,6 +284,14 @@ def _sizes(flags: argparse.Namespace) -> list[str]:
     for flag, constant in ABOVE_ZERO.items():
         if not getattr(flags, flag) > 0:
             problems.append(f"{constant} (--{flag}) is {getattr(flags, flag)}; it must be above 0")
+    if flags.cold_start_examples < 0:
+        problems.append(
+            f"COLD_START_EXAMPLES (--cold_start_examples) is {flags.cold_start_examples}; 0 turns the cold start off"
+        )
+    if flags.cold_start_source not in ("dataset", "self"):
+        problems.append(
+            f"COLD_START_SOURCE (--cold_start_source) is {flags.cold_start_source!r}; it must be 'dataset' or 'self'"
+        )
     if flags.sample_every < 0:
         problems.append(f"SAMPLE_EVERY (--sample_every) is {flags.sample_every}; 0 turns samples off")
     if flags.eval_steps < 0 or flags.eval_steps != int(flags.eval_steps):
@@ -374,9 +390,10 @@ def _output_folder(flags: argparse.Namespace) -> list[str]:
             "--resume_from_checkpoint auto, or start another with --output_dir OTHER"
         ]
     elif kept := [name for name in RUN_FILES if (folder / name).exists()]:
+        ahead = "Continue it with --resume_from_checkpoint auto, or s" if (folder / "cold-start").is_dir() else "S"
         return [
             f"OUTPUT_DIR (--output_dir) {folder} already holds an earlier run ({', '.join(kept)}) without checkpoints. "
-            "Start another with --output_dir OTHER, or delete it"
+            f"{ahead}tart another with --output_dir OTHER, or delete it"
         ]
     return []
 
@@ -387,7 +404,7 @@ def _resumed_folder(folder: Path, wanted: str) -> list[str]:
         checkpoint, skipped = newest_whole(folder)
         if checkpoint is None and skipped:
             return [f"--resume_from_checkpoint auto: no checkpoint in {folder} is whole. " + "; ".join(skipped)]
-        if checkpoint is None:
+        if checkpoint is None and not (folder / "cold-start").is_dir():
             return [f"--resume_from_checkpoint auto: {folder} holds no checkpoint. Leave the flag out to start a run"]
         return []
     if not Path(wanted).is_dir():
@@ -574,7 +591,7 @@ def protect(trainer):
             _check_weights(model, "the policy to start from")
             state.compute_steps(args, state.max_steps)  # or a resumed run saves and logs as often as before
             # TRL's sampler shuffles anew each epoch, from where its generator stands, which no checkpoint holds
-            for _ in range(int(state.epoch or 0) if args.shuffle_dataset else 0):
+            for _ in range(int(state.epoch or 0) if getattr(args, "shuffle_dataset", False) else 0):
                 next(iter(get_sampler(train_dataloader)))
 
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):

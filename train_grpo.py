@@ -47,6 +47,16 @@ DATASET = "openai/gsm8k"  # name on the Hub, or a folder with train.jsonl and te
 DATASET_CONFIG = "main"  # of a Hub dataset; a folder has none
 MAX_PROMPT_LENGTH = 256  # tokens, chat template included; longer prompts are dropped, and counted aloud
 
+ONE_SHOT = False  # True puts one worked example before the question, in training and evaluation: the cheapest cure
+
+# ---- cold start: supervised fine-tuning before GRPO, for a model that never writes the format
+COLD_START_EXAMPLES = 0  # problems shown with a solution in the format; 0 turns the stage off, 64 to 512 are plenty
+COLD_START_SOURCE = "dataset"  # its own rationales; or "self": the model's right and well-formatted one-shot answers
+COLD_START_REUSE = False  # whether GRPO sees those problems again
+COLD_START_LEARNING_RATE = 1e-5
+COLD_START_EPOCHS = 2
+COLD_START_BATCH_SIZE = 16  # examples a step
+
 # ---- run
 OUTPUT_DIR = "outputs/Qwen2.5-1.5B-GRPO"
 SEED = 42
@@ -94,6 +104,13 @@ DEFAULTS = {  # the constants under TRL's names for them, which are the flags
     "dataset_name": DATASET,
     "dataset_config": DATASET_CONFIG,
     "max_prompt_length": MAX_PROMPT_LENGTH,
+    "one_shot": ONE_SHOT,
+    "cold_start_examples": COLD_START_EXAMPLES,
+    "cold_start_source": COLD_START_SOURCE,
+    "cold_start_reuse": COLD_START_REUSE,
+    "cold_start_learning_rate": COLD_START_LEARNING_RATE,
+    "cold_start_epochs": COLD_START_EPOCHS,
+    "cold_start_batch_size": COLD_START_BATCH_SIZE,
     "output_dir": OUTPUT_DIR,
     "seed": SEED,
     "num_train_epochs": EPOCHS,
@@ -138,6 +155,17 @@ class RecipeConfig:
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split that evaluate.py measures on."})
     max_prompt_length: int = field(default=MAX_PROMPT_LENGTH, metadata={"help": "Longer prompts are dropped (tokens)."})
+    one_shot: bool = field(default=ONE_SHOT, metadata={"help": "Put a worked example before every question."})
+    cold_start_examples: int = field(
+        default=COLD_START_EXAMPLES, metadata={"help": "Solved problems to fine-tune on before GRPO; 0: none."}
+    )
+    cold_start_source: str = field(
+        default=COLD_START_SOURCE, metadata={"help": "'dataset', or 'self': the model's own right answers."}
+    )
+    cold_start_reuse: bool = field(default=COLD_START_REUSE, metadata={"help": "GRPO sees those problems again."})
+    cold_start_learning_rate: float = field(default=COLD_START_LEARNING_RATE, metadata={"help": "Of that stage."})
+    cold_start_epochs: int = field(default=COLD_START_EPOCHS, metadata={"help": "Of that stage."})
+    cold_start_batch_size: int = field(default=COLD_START_BATCH_SIZE, metadata={"help": "Examples a step."})
     sample_every: int = field(default=SAMPLE_EVERY, metadata={"help": "Steps between printed samples; 0: none."})
     eval_problems: int = field(default=EVAL_PROBLEMS, metadata={"help": "Test problems that eval_steps measures on."})
     allow_changed_settings: bool = field(
@@ -219,11 +247,11 @@ def describe(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig
 
 
 def load_samples(recipe: RecipeConfig, config: GRPOConfig, tokenizer) -> tuple[list[dict], str | None]:
-    """Training samples (`prompt`, `answer`) whose prompt fits, and the dataset's revision on the Hub."""
+    """Training samples (`prompt`, `answer`, `rationale`) whose prompt fits, and the dataset's revision on the Hub."""
     from gsm8k import drop_long, load_problems, to_samples
 
     problems, revision = load_problems(recipe.dataset_name, recipe.dataset_config, recipe.dataset_train_split)
-    samples = to_samples(problems)
+    samples = to_samples(problems, recipe.one_shot)
     kept = drop_long(samples, tokenizer, recipe.max_prompt_length, config.chat_template_kwargs or {})
     print(
         f"{recipe.dataset_name}: {len(kept):,} problems to train on; {len(samples) - len(kept):,} dropped, the prompt "
@@ -238,8 +266,16 @@ def load_samples(recipe: RecipeConfig, config: GRPOConfig, tokenizer) -> tuple[l
     return kept, revision
 
 
-def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig, tokenizer, samples: list[dict]):
-    """TRL's GRPOTrainer with the five rewards."""
+def cold_start(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig, tokenizer, samples, facts: dict):
+    """The policy after a short supervised stage, as `build_trainer` takes it, and the samples left for GRPO."""
+    from cold_start import load_adapter, prepare
+
+    folder, left = prepare(recipe, config, model_config, tokenizer, samples, facts)
+    return (load_adapter(folder, config, model_config) if model_config.use_peft else str(folder)), left
+
+
+def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig, tokenizer, samples, policy):
+    """TRL's GRPOTrainer with the five rewards. `policy` is a name, a folder, or a model with a LoRA adapter on it."""
     from datasets import Dataset
     from transformers import PrinterCallback, ProgressCallback
     from trl import GRPOTrainer, get_peft_config, get_quantization_config
@@ -248,26 +284,28 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
     from record import progress_callback
     from rewards import REWARD_FUNCS
 
+    name = policy
+    if not isinstance(policy, str):
+        name, config.model_init_kwargs = f"{model_config.model_name_or_path} with the cold start's adapter", None
     try:
         trainer = GRPOTrainer(
-            model=model_config.model_name_or_path,
+            model=policy,
             reward_funcs=[finite(reward_func) for reward_func in REWARD_FUNCS],
             args=config,
-            train_dataset=Dataset.from_list(samples),
+            train_dataset=Dataset.from_list(samples).select_columns(["prompt", "answer"]),
             processing_class=tokenizer,
-            quantization_config=get_quantization_config(model_config),
-            peft_config=get_peft_config(model_config),
+            quantization_config=get_quantization_config(model_config) if isinstance(policy, str) else None,
+            peft_config=get_peft_config(model_config) if isinstance(policy, str) else None,
         )
     except (
         OSError,
         ValueError,
         ImportError,
     ) as error:  # no safetensors, a setting TRL refuses, a package not installed
-        name = model_config.model_name_or_path
         raise BadInput(f"the trainer cannot be built for model {name!r}: {str(error).strip()}") from error
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    trainer.add_callback(progress_callback(trainer, model_config.model_name_or_path, recipe.sample_every))
+    trainer.add_callback(progress_callback(trainer, name, recipe.sample_every))
     trainer.add_callback(curves_callback(config.output_dir))
     return trainer
 
@@ -285,18 +323,21 @@ def train(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -
         check_problems(checkpoint, fingerprint(samples))
     task = held_out_task(recipe, config)
     held_out = held_out_sample(task, recipe.eval_problems) if config.eval_steps else []
-    trainer = build_trainer(recipe, config, model_config, tokenizer, samples)
-    guard = protect(trainer)  # from now on a signal, a full disk or a NaN ends the run with what was good in place
-    if held_out:
-        trainer.add_callback(held_out_callback(trainer, tokenizer, task, held_out, every=int(config.eval_steps)))
     facts = {
         **describe(recipe, config, model_config),
-        "model_revision": getattr(trainer.model.config, "_commit_hash", None),
         "dataset_revision": dataset_revision,
         "problems": len(samples),
         "problems_sha256": fingerprint(samples),
         "device": device_name(config.device),
     }
+    policy = model_config.model_name_or_path
+    if recipe.cold_start_examples:
+        policy, samples = cold_start(recipe, config, model_config, tokenizer, samples, facts)
+    trainer = build_trainer(recipe, config, model_config, tokenizer, samples, policy)
+    facts["model_revision"] = getattr(trainer.model.config, "_commit_hash", None)
+    guard = protect(trainer)  # from now on a signal, a full disk or a NaN ends the run with what was good in place
+    if held_out:
+        trainer.add_callback(held_out_callback(trainer, tokenizer, task, held_out, every=int(config.eval_steps)))
     if checkpoint and is_finished(checkpoint, trainer):
         print(f"{folder}: already complete, {checkpoint} is its last step")
         if read_run(folder).get("outcome") != "finished":
@@ -324,6 +365,7 @@ def held_out_task(recipe: RecipeConfig, config: GRPOConfig):
         recipe.dataset_test_split,
         config.max_completion_length,
         config.chat_template_kwargs or {},
+        recipe.one_shot,
     )
 
 

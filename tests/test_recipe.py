@@ -281,6 +281,8 @@ MISTAKES = [
     (["--report_to", "mlflow"], ["pip install mlflow"], "a tracker that is not installed"),
     (["--eval_steps", "-1"], ["EVAL_STEPS"], "negative"),
     (["--save_total_limit", "0"], ["SAVE_TOTAL_LIMIT"], "keeps nothing"),
+    (["--cold_start_examples", "-1"], ["COLD_START_EXAMPLES"], "negative"),
+    (["--cold_start_source", "teacher"], ["COLD_START_SOURCE", "'dataset' or 'self'"], "an unknown source"),
     (["--auto_find_batch_size", "true"], ["PER_DEVICE_BATCH_SIZE"], "the batch is the user's"),
     (["--enable_jit_checkpoint", "true"], ["SIGTERM"], "two that save on a signal"),
     (["--model_name_or_path", "./\x1b[2Jx"], [r"\x1b[2Jx"], "nothing drives the terminal"),
@@ -459,9 +461,9 @@ def test_a_run_on_cuda_computes_in_bf16_and_evaluates_there(policy, data, tmp_pa
 
 
 def test_no_module_imports_upwards():
-    """rewards; gsm8k; record; safeguards; evaluate, demo, curves; train_grpo on top."""
+    """rewards; gsm8k; record; safeguards; evaluate, demo, curves; cold_start; train_grpo on top."""
     floors = {"rewards": 0, "gsm8k": 1, "record": 2, "safeguards": 3}
-    floors |= {"evaluate": 4, "demo": 4, "curves": 4, "train_grpo": 5}
+    floors |= {"evaluate": 4, "demo": 4, "curves": 4, "cold_start": 5, "train_grpo": 6}
     for name, floor in floors.items():
         text = (ROOT / f"{name}.py").read_text()
         for imported in re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE):

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, flags, identical, launch, problem, start, weights, write_jsonl
 
 import train_grpo
-from safeguards import RunStopped, checkpoints, faults_explained, flaw, locked, newest_whole, out_of_memory
+from safeguards import RunStopped, checkpoints, faults_explained, locked, newest_whole, out_of_memory
 
 LONG = {"max_steps": 24, "save_steps": 4, "eval_steps": 8, "sample_every": 0}
 SLOW = {**LONG, "max_completion_length": 400, "generation_kwargs": '{"min_new_tokens": 400}', "eval_steps": 0}
@@ -175,21 +175,37 @@ def test_a_damaged_checkpoint_is_known_as_such(case, copy):
     assert skipped == [f"checkpoint-24 cannot be used: {message}"]
 
 
+KEPT_AFTER_EACH_SAVE = """
+import safeguards, train_grpo
+whole = safeguards._save_whole
+def save(trainer, *args):
+    whole(trainer, *args)
+    folder = trainer.args.output_dir
+    print("kept", [path.name for path in safeguards.checkpoints(folder) if safeguards.flaw(path) is None])
+safeguards._save_whole = save
+train_grpo.main()
+"""
+
+
 def test_auto_skips_a_damaged_checkpoint_aloud_and_harmless_settings_may_change(copy, undisturbed, policy, data):
     damage(copy / "checkpoint-24" / "optimizer.pt", None)
     (copy / "model.safetensors").unlink()
     changes = {
         "save_steps": 2,
+        "save_total_limit": 1,
         "logging_steps": 1,
         "sample_every": 2,
         "eval_steps": 0,
         "gradient_checkpointing": "false",
     }
-    done = resumed(copy, flags(policy, data, copy, **{**LONG, **changes}))
+    words = flags(policy, data, copy, **{**LONG, **changes})
+    done = start(KEPT_AFTER_EACH_SAVE, *words, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 0, done.stderr[-4000:]
     assert "checkpoint-24 cannot be used: optimizer.pt is missing; taking checkpoint-20" in done.stdout
     assert "resuming after step 20" in done.stdout
     assert same_run(undisturbed, copy)
-    assert [path.name for path in checkpoints(copy) if flaw(path) is None] == ["checkpoint-22", "checkpoint-24"]
+    assert "kept ['checkpoint-22']" in done.stdout, "a damaged one does not count as the one to keep"
+    assert "kept ['checkpoint-24']" in done.stdout
 
 
 def test_without_a_whole_checkpoint_nothing_starts(copy, policy, data, capsys):

@@ -1,0 +1,211 @@
+"""The supervised stage before GRPO: its examples, what it learns, and that it survives what happens to runs."""
+
+import json
+import shutil
+import signal
+
+import pandas as pd
+import pytest
+from conftest import GSM8K, flags, identical, launch, start, weights
+
+import train_grpo
+from cold_start import build_trainer, from_dataset, target
+from gsm8k import load_problems, load_tokenizer, to_samples
+from rewards import ONE_SHOT_ANSWER, ONE_SHOT_QUESTION, REWARD_FUNCS
+
+# long enough for the tiny policy to learn the format by heart, and for a signal to hit
+STAGE = {
+    "cold_start_examples": 24,
+    "cold_start_epochs": 40,
+    "cold_start_batch_size": 8,
+    "cold_start_learning_rate": "5e-3",
+    "max_completion_length": 60,
+    "max_steps": 4,
+    "save_steps": 2,
+}
+
+
+def reward(text: str, gold: str) -> float:
+    completions = [[{"role": "assistant", "content": text}]]
+    return sum(f(prompts=[None], completions=completions, answer=[gold])[0] for f in REWARD_FUNCS)
+
+
+@pytest.fixture(scope="session")
+def cold_started(tmp_path_factory, policy, data):
+    """A finished run with a cold start: its folder, and the process."""
+    output = tmp_path_factory.mktemp("runs") / "cold"
+    done = start("train_grpo.py", *flags(policy, data, output, **STAGE))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output, done
+
+
+# ---- examples
+
+
+@pytest.mark.parametrize(
+    ("rationale", "answer", "reason"),
+    [
+        ("He has 3*4=<<3*4=12>>12 eggs.\nThat is all.", "12", "a calculator annotation"),
+        ("It costs $1,080.", "1,080", "a comma in the gold answer"),
+        ("  \nShe owes 5.\n\n", "-5", "a sign, and blank lines around"),
+        ("a << b and c >> d", "1", "signs that are no annotation"),
+    ],
+)
+def test_a_target_is_paid_in_full(rationale, answer, reason):
+    text = target(rationale, answer)
+    assert reward(text, answer) == 4.0, reason
+    assert "<<3" not in text
+    assert text.endswith("</answer>"), "EOS follows at once"
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="needs the GSM8K folder")
+def test_the_target_of_every_row_of_gsm8k_is_paid_in_full():
+    problems, _ = load_problems(str(GSM8K), None, "train")
+    assert len(problems) == 7473
+    texts = [target(problem["rationale"], problem["answer"]) for problem in problems]
+    assert all(reward(text, problem["answer"]) == 4.0 for text, problem in zip(texts, problems, strict=True))
+    assert not any("<<" in text for text in texts)
+
+
+def test_the_worked_example_is_paid_in_full():
+    assert reward(ONE_SHOT_ANSWER, "16") == 4.0
+
+
+def test_the_loss_is_on_the_completion_and_its_end_alone(policy, data, tmp_path):
+    words = flags(policy, data, tmp_path / "run", **STAGE)
+    recipe, config, model_config = train_grpo.read_settings(words)
+    tokenizer = load_tokenizer(str(policy))
+    samples = to_samples(load_problems(str(data), None, "train")[0])
+    examples = from_dataset(samples, 8, config, tokenizer)
+    trainer = build_trainer(tmp_path / "stage", examples, recipe, config, model_config, tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    texts = {example["completion"][0]["content"] for example in examples}
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        learned = labels[labels != -100]
+        assert tokenizer.eos_token_id in learned, "where to stop is learned"
+        assert tokenizer.decode(learned, skip_special_tokens=True).strip() in texts, "and the completion, whole"
+        assert len(learned) < len(ids[ids != tokenizer.pad_token_id])
+
+
+# ---- the stage
+
+
+def test_after_the_stage_the_policy_writes_the_format_and_stops(cold_started):
+    run, _ = cold_started
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    at_start = next(row for row in log if "eval_n" in row and row["step"] == 0)
+    assert at_start["eval_format_rate"] > 0.5
+    assert at_start["eval_truncated_rate"] < 0.5
+    first = next(row for row in log if "reward" in row)
+    assert first["rewards/strict_format_reward_func/mean"] > 0.1, "GRPO starts from there"
+
+
+def test_problems_that_were_shown_are_not_trained_on_again(cold_started, tmp_path):
+    run, done = cold_started
+    assert "was shown 24 problems; the other 8 are left for GRPO" in done.stdout
+    shown = [json.loads(line) for line in (run / "cold-start" / "examples.jsonl").read_text().splitlines()]
+    shown = {example["prompt"][-1]["content"] for example in shown}
+    assert len(shown) == 24
+    tables = [pd.read_parquet(path) for path in (run / "completions").glob("*.parquet")]
+    asked = {prompt[-1]["content"] for table in tables for prompt in table["prompt"]}
+    assert asked
+    assert not asked & shown
+
+
+def test_a_run_in_its_cold_start_resumes_to_the_same_run(cold_started, policy, data, tmp_path):
+    """Killed in the middle of the stage, then stopped by a signal in it, then killed after it."""
+    whole, _ = cold_started
+    words = flags(policy, data, tmp_path / "run", **STAGE)
+    again = ["--resume_from_checkpoint", "auto"]
+    happens = [("cold start 20/", signal.SIGKILL, -9), ("cold start 50/", signal.SIGTERM, 143)]
+    happens += [("the other 8 are left for GRPO", signal.SIGKILL, -9)]
+    for attempt, (text, number, status) in enumerate(happens):
+        process = launch("train_grpo.py", *words, *(again if attempt else []))
+        for line in process.stdout:
+            if text in line:
+                break
+        process.send_signal(number)
+        _, errors = process.communicate()
+        assert process.returncode == status, errors[-4000:]
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    done = start("train_grpo.py", *words, *again)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "going on from the cold start" in done.stdout
+    assert "cold start 5/" not in done.stdout, "the finished stage is not done again"
+    assert identical(weights(whole / "cold-start"), weights(tmp_path / "run" / "cold-start"))
+    assert identical(weights(whole), weights(tmp_path / "run"))
+
+
+def test_an_adapter_carries_over_from_the_stage_to_grpo(policy, data, tmp_path):
+    run = tmp_path / "run"
+    settings = {**STAGE, "use_peft": "true", "lora_r": 4, "lora_dropout": 0, "beta": 0.1, "max_steps": 2}
+    done = start("train_grpo.py", *flags(policy, data, run, **settings))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "with the cold start's adapter" in done.stdout
+    shutil.rmtree(run / "checkpoint-2")
+    first = next(line for line in done.stdout.splitlines() if line.startswith("step 1/2"))
+    assert " KL 0 " in first, "the reference is the policy after the stage, so that GRPO starts at no distance from it"
+    done = start("evaluate.py", run / "cold-start", "--limit", 2)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_the_policys_own_right_answers_are_a_source(policy, data, tmp_path):
+    """First a policy that has learned most answers by heart, to a one-shot prompt; then one from its own answers."""
+    able = {**STAGE, "one_shot": "true", "max_prompt_length": 400, "cold_start_examples": 30, "cold_start_epochs": 100}
+    done = start("train_grpo.py", *flags(policy, data, tmp_path / "able", **able))
+    assert done.returncode == 0, done.stderr[-4000:]
+    settings = {**STAGE, "cold_start_source": "self", "cold_start_examples": 2, "cold_start_epochs": 1, "max_steps": 1}
+    settings["temperature"] = 0.3
+    done = start("train_grpo.py", *flags(tmp_path / "able" / "cold-start", data, tmp_path / "run", **settings))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "answers are right and in the format" in done.stdout
+    lines = (tmp_path / "run" / "cold-start" / "examples.jsonl").read_text().splitlines()
+    gold = {problem["question"]: problem["answer"] for problem in load_problems(str(data), None, "train")[0]}
+    assert len(lines) == 2
+    for example in map(json.loads, lines):
+        question, text = example["prompt"][-1]["content"], example["completion"][0]["content"]
+        assert reward(text, gold[question]) >= 3.5
+        assert ONE_SHOT_QUESTION not in json.dumps(example["prompt"]), "taught to answer without the worked example"
+
+
+def test_a_policy_that_never_succeeds_is_no_source(policy, data, tmp_path):
+    settings = {**STAGE, "cold_start_source": "self", "cold_start_examples": 2}
+    done = start("train_grpo.py", *flags(policy, data, tmp_path / "run", **settings))
+    assert done.returncode == 1
+    assert "0 of 16 answers of the policy were right and in the format" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cold_start_examples": 33}, "COLD_START_EXAMPLES is 33, of 32 problems"),
+        ({"cold_start_examples": 31}, "GRPO needs 2 others at a time"),
+        ({"cold_start_examples": 8, "max_completion_length": 5}, "only 0 solutions of 32 fit in MAX_COMPLETION_LENGTH"),
+    ],
+)
+def test_too_many_examples_are_an_error_before_the_model_loads(changes, message, policy, data, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        train_grpo.main(flags(policy, data, tmp_path / "run", **{**STAGE, **changes}))
+
+
+# ---- one shot
+
+
+def test_the_worked_example_is_in_every_prompt_of_training_and_evaluation(policy, data, tmp_path):
+    run = tmp_path / "run"
+    settings = {"one_shot": "true", "max_prompt_length": 400, "max_steps": 1}
+    done = start("train_grpo.py", *flags(policy, data, run, **settings))
+    assert done.returncode == 0, done.stderr[-4000:]
+    for prompt in pd.read_parquet(next((run / "completions").glob("*.parquet")))["prompt"]:
+        assert [message["role"] for message in prompt] == ["system", "user", "assistant", "user"]
+        assert prompt[1]["content"] == ONE_SHOT_QUESTION
+        assert prompt[2]["content"] == ONE_SHOT_ANSWER
+    done = start("evaluate.py", run, "--limit", 2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads((run / "evaluation.json").read_text())["one_shot"] is True, "as it was trained"
+    done = start(
+        "evaluate.py", policy, "--dataset_name", data, "--limit", 2, "--compare", run, "--output_dir", tmp_path
+    )
+    assert done.returncode == 1
+    assert "one shot: True there, False here" in done.stderr
