@@ -526,7 +526,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             run(flags, task)
     except BadInput as error:
-        sys.exit(f"evaluate.py: {error}")
+        sys.exit(f"evaluate.py: {printable(str(error))}")
     except KeyboardInterrupt:
         print("evaluate.py: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)

@@ -384,13 +384,14 @@ def measure(policy: str, recipe: RecipeConfig, config: GRPOConfig, name: str) ->
 
 def main(argv: list[str] | None = None) -> None:
     recipe, config, model_config = read_settings(argv)
+    resumes = config.resume_from_checkpoint is not None
     try:
         with locked(config.output_dir), faults_explained(config):
-            if config.resume_from_checkpoint is not None:
+            if resumes:
                 description = describe(recipe, config, model_config)
                 config.resume_from_checkpoint = find_checkpoint(config, description, recipe.allow_changed_settings)
             if recipe.demo:
-                demo.prepare(config.output_dir, config.seed, config.use_cpu, fresh=not config.resume_from_checkpoint)
+                demo.prepare(config.output_dir, config.seed, config.use_cpu, fresh=not resumes)
                 before = measure(model_config.model_name_or_path, recipe, config, "evaluation_before")
             train(recipe, config, model_config)
             if recipe.demo:

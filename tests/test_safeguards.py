@@ -1,6 +1,7 @@
 """A run survives what happens to runs: real processes, real signals, real files, a tiny policy."""
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -13,7 +14,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, flags, identical, launch, problem, start, weights, write_jsonl
+from safetensors.torch import save_file
 
+import rewards
+import safeguards
 import train_grpo
 from safeguards import RunStopped, checkpoints, faults_explained, locked, newest_whole, out_of_memory
 
@@ -60,12 +64,24 @@ def resumed(output: Path, words: list[str]) -> subprocess.CompletedProcess:
 
 def refused(capsys, status: int, words: list) -> str:
     """The error of a start that must not train; in this process, to save the time of the imports."""
+    out, error = ended(capsys, status, words)
+    assert "\nstep " not in out
+    return error
+
+
+def ended(capsys, status: int, words: list) -> tuple[str, str]:
+    """What a start in this process prints before it ends with `status`, and its error."""
     with pytest.raises(SystemExit) as exit:
         train_grpo.main([str(word) for word in words])
     out, error = capsys.readouterr()
     assert (exit.value.code if isinstance(exit.value.code, int) else 1) == status, error
-    assert "\nstep " not in out
-    return error if isinstance(exit.value.code, int) else exit.value.code
+    return out, error if isinstance(exit.value.code, int) else exit.value.code
+
+
+def resumed_here(capsys, words: list) -> str:
+    """What a resumed run prints, in this process."""
+    train_grpo.main([*map(str, words), "--resume_from_checkpoint", "auto"])
+    return capsys.readouterr().out
 
 
 # ---- stopped and killed
@@ -276,19 +292,19 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint_and_no_partial
 # ---- resuming what is done or not the same
 
 
-def test_a_finished_run_is_complete_and_stays_as_it_is(copy, undisturbed, policy, data):
+def test_a_finished_run_is_complete_and_stays_as_it_is(copy, policy, data, capsys):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    done = resumed(copy, flags(policy, data, copy, **LONG))
-    assert "already complete" in done.stdout
-    assert "step 2" not in done.stdout
+    out = resumed_here(capsys, flags(policy, data, copy, **LONG))
+    assert "already complete" in out
+    assert "\nstep " not in out
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_that_died_after_its_last_step_is_finished(copy, undisturbed, policy, data):
+def test_a_run_that_died_after_its_last_step_is_finished(copy, undisturbed, policy, data, capsys):
     run = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**run, "outcome": "running"}))
     damage(copy / "model.safetensors", 0.5)
-    resumed(copy, flags(policy, data, copy, **LONG))
+    resumed_here(capsys, flags(policy, data, copy, **LONG))
     assert identical(weights(copy), weights(undisturbed))
     assert json.loads((copy / "run.json").read_text())["outcome"] == "finished"
     assert not (copy / "optimizer.pt").exists()
@@ -319,12 +335,12 @@ def test_other_problems_are_not_the_same_run(copy, policy, data, tmp_path, capsy
     assert "other problems" in refused(capsys, 2, [*words, "--resume_from_checkpoint", "auto"])
 
 
-def test_changed_settings_are_taken_when_the_user_says_so(copy, policy, data):
+def test_changed_settings_are_taken_when_the_user_says_so(copy, policy, data, capsys):
     changes = {**LONG, "max_steps": 26, "allow_changed_settings": "true"}
-    done = resumed(copy, flags(policy, data, copy, **changes))
-    assert "changed on resuming: max_steps: 24 -> 26" in done.stdout
-    assert "step 25/26" in done.stdout
-    assert "step 24/26" not in done.stdout
+    out = resumed_here(capsys, flags(policy, data, copy, **changes))
+    assert "changed on resuming: max_steps: 24 -> 26" in out
+    assert "step 25/26" in out
+    assert "step 24/26" not in out
 
 
 # ---- disk
@@ -372,68 +388,73 @@ def test_a_run_that_cannot_fit_on_the_disk_is_refused_before_training(policy, da
 
 # ---- numbers
 
-NAN_REWARD = """
-import rewards, train_grpo
-honest = rewards.REWARD_FUNCS[3]
-def mine_reward_func(completions, trainer_state, **kwargs):
-    return [float(VALUE) if trainer_state.global_step == 5 else 0.0 for _ in completions]
-rewards.REWARD_FUNCS[3] = mine_reward_func
-train_grpo.main()
-"""
-NAN_GRADIENT = """
-import torch, train_grpo, safeguards
-protect = safeguards.protect
-def and_sabotage(trainer):
-    weight = next(trainer.model.parameters())
-    weight.register_hook(lambda grad: grad * float("nan") if trainer.state.global_step == 5 else grad)
-    return protect(trainer)
-train_grpo.protect = and_sabotage
-train_grpo.main()
-"""
-INFINITE_LOSS = """
-import torch, train_grpo, safeguards
-protect = safeguards.protect
-def and_sabotage(trainer):
-    honest = trainer.compute_loss
-    def compute_loss(*args, **kwargs):
-        loss = honest(*args, **kwargs)
-        return loss + float("inf") if trainer.state.global_step == 5 else loss
-    trainer.compute_loss = compute_loss
-    return protect(trainer)
-train_grpo.protect = and_sabotage
-train_grpo.main()
-"""
+
+def pay(value: float, step: int):
+    """A reward function that goes wrong in that step."""
+
+    def mine_reward_func(completions, trainer_state, **kwargs):
+        return [value if trainer_state.global_step == step - 1 else 0.0 for _ in completions]
+
+    return mine_reward_func
+
+
+def spoil(what: str, step: int):
+    """`protect`, for a trainer whose gradient or loss goes wrong in that step."""
+
+    def protect(trainer):
+        if what == "gradient":
+            weight = next(trainer.model.parameters())
+            weight.register_hook(lambda grad: grad * (math.nan if trainer.state.global_step == step - 1 else 1))
+        else:
+            honest = trainer.compute_loss
+            trainer.compute_loss = lambda *args, **kwargs: (
+                honest(*args, **kwargs) + (math.inf if trainer.state.global_step == step - 1 else 0)
+            )
+        return safeguards.protect(trainer)
+
+    return protect
 
 
 @pytest.mark.parametrize(
-    ("code", "message"),
+    ("value", "message"),
     [
-        (NAN_REWARD.replace("VALUE", "'nan'"), "step 6: mine_reward_func paid nan for completion 0 of 8 (8 such)"),
-        (NAN_REWARD.replace("VALUE", "'-inf'"), "step 6: mine_reward_func paid -inf"),
-        (NAN_GRADIENT, "step 6: the gradient is nan"),
-        (INFINITE_LOSS, "step 6: the loss is inf"),
+        (math.nan, "step 6: mine_reward_func paid nan for completion 0 of 8 (8 such)"),
+        (-math.inf, "step 6: mine_reward_func paid -inf"),
+        ("gradient", "step 6: the gradient is nan"),
+        ("loss", "step 6: the loss is inf"),
     ],
-    ids=["reward NaN", "reward infinite", "gradient", "loss"],
 )
-def test_a_number_that_is_none_ends_the_run_before_the_weights_change(code, message, policy, data, tmp_path):
-    done = start(code, *flags(policy, data, tmp_path / "run", **{**LONG, "eval_steps": 0}))
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4"]
-    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run" / "checkpoint-4").values())
-    assert not (tmp_path / "run" / "model.safetensors").exists()
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"].startswith("failed")
+def test_a_number_that_is_none_ends_the_run_before_the_weights_change(
+    value, message, policy, data, tmp_path, monkeypatch, capsys
+):
+    if isinstance(value, str):
+        monkeypatch.setattr(train_grpo, "protect", spoil(value, step=6))
+    else:
+        monkeypatch.setattr(rewards, "REWARD_FUNCS", [*rewards.REWARD_FUNCS, pay(value, step=6)])
+    run = tmp_path / "run"
+    _, error = ended(capsys, 1, flags(policy, data, run, **{**LONG, "eval_steps": 0}))
+    assert message in error
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-4"]
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run / "checkpoint-4").values())
+    assert not (run / "model.safetensors").exists()
+    assert json.loads((run / "run.json").read_text())["outcome"].startswith("failed")
 
 
-def test_a_policy_that_blows_up_is_explained(policy, data, tmp_path):
+def test_a_policy_that_blows_up_is_explained(policy, data, tmp_path, capsys):
     settings = {**LONG, "learning_rate": "1e30", "warmup_steps": "0", "save_steps": 1}
-    done = start("train_grpo.py", *flags(policy, data, tmp_path / "run", **settings))
-    assert done.returncode == 1
-    assert "Lower LEARNING_RATE" in done.stderr
-    assert "Traceback" not in done.stderr
+    _, error = ended(capsys, 1, flags(policy, data, tmp_path / "run", **settings))
+    assert "Lower LEARNING_RATE" in error
     for path in checkpoints(tmp_path / "run"):
         assert all(torch.isfinite(tensor).all() for tensor in weights(path).values())
+
+
+def test_a_policy_with_a_weight_that_is_no_number_is_refused(policy, data, tmp_path, capsys):
+    shutil.copytree(policy, tmp_path / "model")
+    tensors = weights(policy)
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    error = refused(capsys, 1, flags(tmp_path / "model", data, tmp_path / "run", **LONG))
+    assert "the policy to start from holds weights that are infinite or not a number" in error
 
 
 def test_out_of_memory_names_what_to_lower_in_order_of_effect():
