@@ -135,19 +135,20 @@ def prepare(recipe, config, model_config, tokenizer, samples: list[dict], facts:
             "time. Lower it"
         )
     if not (folder / "done.json").is_file():
+        examples = _examples(folder, recipe, config, model_config, tokenizer, samples)
         with recorded(Path(config.output_dir), done="cold start finished", **facts):
             folder.mkdir(exist_ok=True)
-            examples = _examples(folder, recipe, config, model_config, tokenizer, samples)
+            if not (folder / "examples.jsonl").is_file():
+                write_whole(folder / "examples.jsonl", "".join(json.dumps(example) + "\n" for example in examples))
             teach(folder, examples, recipe, config, model_config, tokenizer)
-    examples = _read(folder)
-    shown = {example["prompt"][-1]["content"] for example in examples}
+    shown = {example["prompt"][-1]["content"] for example in _read(folder)}
+    print(f"cold start: {folder} holds the policy that was shown {len(shown):,} problems", end="; ")
+    if recipe.cold_start_reuse:
+        print(f"GRPO sees all {len(samples):,}, as COLD_START_REUSE says")
+        return folder, samples
     left = [sample for sample in samples if sample["prompt"][-1]["content"] not in shown]
-    print(
-        f"cold start: the policy in {folder} was shown {len(shown):,} problems; "
-        + (f"GRPO sees them again (COLD_START_REUSE), {len(samples):,} in all" if recipe.cold_start_reuse else "")
-        + ("" if recipe.cold_start_reuse else f"the other {len(left):,} are left for GRPO")
-    )
-    return folder, samples if recipe.cold_start_reuse else left
+    print(f"the other {len(left):,} are left for GRPO")
+    return folder, left
 
 
 def _read(folder: Path) -> list[dict]:
@@ -155,17 +156,14 @@ def _read(folder: Path) -> list[dict]:
 
 
 def _examples(folder: Path, recipe, config, model_config, tokenizer, samples: list[dict]) -> list[dict]:
-    """The stage's examples: those of an earlier start, else new ones, which are written down first."""
+    """The stage's examples: those that an earlier start wrote down, else new ones."""
     if (folder / "examples.jsonl").is_file():
         return _read(folder)
     if recipe.cold_start_source == "dataset":
-        examples = from_dataset(samples, recipe.cold_start_examples, config, tokenizer)
-    else:
-        name, revision = model_config.model_name_or_path, model_config.model_revision
-        policy = load_policy(name, revision, config.use_cpu, config.trust_remote_code)
-        examples = from_itself(samples, recipe.cold_start_examples, config, policy, tokenizer)
-    write_whole(folder / "examples.jsonl", "".join(json.dumps(example) + "\n" for example in examples))
-    return examples
+        return from_dataset(samples, recipe.cold_start_examples, config, tokenizer)
+    name, revision = model_config.model_name_or_path, model_config.model_revision
+    policy = load_policy(name, revision, config.use_cpu, config.trust_remote_code)
+    return from_itself(samples, recipe.cold_start_examples, config, policy, tokenizer)
 
 
 def build_trainer(folder: Path, examples: list[dict], recipe, config, model_config, tokenizer):

@@ -168,15 +168,15 @@ def changed_settings(run: dict, description: dict) -> list[str]:
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in names if before[name] != after[name]]
 
 
-def check_problems(checkpoint: str | Path, fingerprint: str) -> None:
-    """Refuse to go on from `checkpoint` with other training problems than its run had.
+def check_problems(place: str | Path, fingerprint: str) -> None:
+    """Refuse to go on from a checkpoint, or in a run's folder, with other training problems than that run had.
 
     Raises:
         RunStopped: run.json knows another fingerprint.
     """
-    if read_run(Path(checkpoint)).get("problems_sha256", fingerprint) != fingerprint:
+    if read_run(Path(place)).get("problems_sha256", fingerprint) != fingerprint:
         raise RunStopped(
-            f"{checkpoint} belongs to a run on other problems: the dataset has changed since. Give those of the "
+            f"{place} belongs to a run on other problems: the dataset has changed since. Give those of the "
             "run, or say --allow_changed_settings true",
             status=2,
         )
@@ -603,8 +603,8 @@ def protect(trainer):
                 if not torch.isfinite(value):
                     raise RunStopped(
                         f"step {state.global_step + 1}: the {name} is {value.item()}. The weights were not changed; "
-                        f"{_kept(args.output_dir)}. Lower LEARNING_RATE (now {args.learning_rate:g}), or look at the "
-                        "last samples for what came before"
+                        f"{_kept(args.output_dir)}. Lower the learning rate (now {args.learning_rate:g}), or look "
+                        "at the last samples for what came before"
                     )
 
         def on_step_end(self, args, state, control, **kwargs):

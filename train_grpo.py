@@ -297,11 +297,8 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
             quantization_config=get_quantization_config(model_config) if isinstance(policy, str) else None,
             peft_config=get_peft_config(model_config) if isinstance(policy, str) else None,
         )
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-    ) as error:  # no safetensors, a setting TRL refuses, a package not installed
+    # no safetensors, a setting that TRL refuses, a package that is not installed
+    except (OSError, ValueError, ImportError) as error:
         raise BadInput(f"the trainer cannot be built for model {name!r}: {str(error).strip()}") from error
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
@@ -319,8 +316,8 @@ def train(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -
     folder, checkpoint = Path(config.output_dir), config.resume_from_checkpoint
     tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision, config.trust_remote_code)
     samples, dataset_revision = load_samples(recipe, config, tokenizer)
-    if checkpoint and not recipe.allow_changed_settings:
-        check_problems(checkpoint, fingerprint(samples))
+    if not recipe.allow_changed_settings:
+        check_problems(checkpoint or folder, fingerprint(samples))
     task = held_out_task(recipe, config)
     held_out = held_out_sample(task, recipe.eval_problems) if config.eval_steps else []
     facts = {
