@@ -91,6 +91,12 @@ WARMUP = 0.1  # share of all steps
 MAX_GRAD_NORM = 0.1
 BETA = 0.0  # weight of the KL to the initial policy; above 0 loads that reference model too
 
+# ---- LoRA, with --use_peft true
+LORA_RANK = 32
+LORA_TARGETS = ["all-linear"]  # every linear layer but the output's; attention alone learns less at any rank
+LORA_DROPOUT = 0.0  # dropout would score completions by another policy than the one that sampled them
+LORA_LEARNING_RATE_FACTOR = 10  # an adapter wants about ten times the full model's rate; a --learning_rate is kept
+
 # ---- precision and speed
 DTYPE = (
     "float32"  # master weights: at this learning rate a step changes only some 8% of bf16 weights, the rest round away
@@ -135,6 +141,9 @@ DEFAULTS = {  # the constants under TRL's names for them, which are the flags
     "warmup_steps": WARMUP,
     "max_grad_norm": MAX_GRAD_NORM,
     "beta": BETA,
+    "lora_r": LORA_RANK,
+    "lora_target_modules": LORA_TARGETS,
+    "lora_dropout": LORA_DROPOUT,
     "dtype": DTYPE,
     "bf16": BF16,
     "use_vllm": USE_VLLM,
@@ -188,9 +197,9 @@ class RecipeParser(TrlParser):
             allow_abbrev=False,
         )
         self.is_demo = is_demo
-        self.set_defaults(**DEFAULTS)
-        if is_demo:
-            self.set_defaults(**demo.settings())
+        defaults = {**DEFAULTS, **(demo.settings() if is_demo else {})}
+        self.rates = {name: defaults.pop(name) for name in ("learning_rate", "cold_start_learning_rate")}
+        self.set_defaults(**defaults, **dict.fromkeys(self.rates))  # None: not given, which depends on --use_peft
 
     def parse_known_args(self, args=None, namespace=None):
         flags, unknown = super().parse_known_args(args, namespace)
@@ -199,6 +208,9 @@ class RecipeParser(TrlParser):
         for name in ("model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint"):
             setattr(flags, name, expand(getattr(flags, name) or ""))
         flags.resume_from_checkpoint = flags.resume_from_checkpoint or None
+        for name, rate in self.rates.items():
+            if getattr(flags, name) is None:
+                setattr(flags, name, rate * LORA_LEARNING_RATE_FACTOR if flags.use_peft else rate)
         problems = [f"unknown flag or stray value {word!r}; --help lists all flags" for word in unknown]
         problems += find_problems(flags)
         if problems:

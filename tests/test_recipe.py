@@ -106,10 +106,24 @@ def test_constants_are_what_the_trainer_gets(tmp_path):
     got = {**vars(model_config), **vars(config), **vars(recipe)}
     for name, value in train_grpo.DEFAULTS.items():
         if name not in ("output_dir", "use_vllm"):
-            assert got[name] == value, name
+            assert got[name] in (value, *(value if isinstance(value, list) else [])), name
     assert got["generation_batch_size"] == 64, "one generation of all 64 completions a step"
     assert got["use_vllm"] is False
     assert got["model_init_kwargs"]["use_safetensors"] is True
+
+
+def test_lora_trains_all_linear_layers_at_ten_times_the_rate_unless_one_is_given(tmp_path):
+    words = ["--use_cpu", "true", "--output_dir", str(tmp_path), "--use_peft", "true"]
+    recipe, config, model_config = train_grpo.read_settings(words)
+    assert config.learning_rate == 10 * train_grpo.LEARNING_RATE
+    assert recipe.cold_start_learning_rate == 10 * train_grpo.COLD_START_LEARNING_RATE
+    assert model_config.lora_target_modules == "all-linear"
+    assert (model_config.lora_r, model_config.lora_dropout) == (32, 0.0)
+    _, config, _ = train_grpo.read_settings([*words, "--learning_rate", "1e-6"])
+    assert config.learning_rate == 1e-6
+    (tmp_path / "rate.yaml").write_text("learning_rate: 2e-6\n")
+    _, config, _ = train_grpo.read_settings([*words, "--config", str(tmp_path / "rate.yaml")])
+    assert config.learning_rate == 2e-6
 
 
 # ---- held-out accuracy, alarms
