@@ -21,8 +21,8 @@ from pathlib import Path
 from evaluate import complete, load_policy, score
 from gsm8k import BadInput, to_prompt
 from record import printable, recorded, write_whole
-from rewards import XML_COT_FORMAT
-from safeguards import check_disk, checkpoints, newest_whole, protect
+from rewards import XML_COT_FORMAT, is_strict_format
+from safeguards import LARGE_REMEDIES, check_disk, checkpoints, faults_explained, newest_whole, protect
 
 FOLDER = "cold-start"
 TRIES = 8  # "self": problems tried for each example wanted, before it gives up
@@ -44,8 +44,8 @@ def _example(sample: dict, text: str) -> dict:
 
 
 def from_dataset(samples: list[dict], count: int, config, tokenizer) -> list[dict]:
-    """`count` of the samples with their rationales, of those that fit in MAX_COMPLETION_LENGTH: a longer one would
-    teach GRPO's policy to be cut off.
+    """`count` of the samples with their rationales, of those that the rewards pay in full and that fit in
+    MAX_COMPLETION_LENGTH: a longer one would teach GRPO's policy to be cut off.
 
     Raises:
         BadInput: too few fit.
@@ -53,15 +53,19 @@ def from_dataset(samples: list[dict], count: int, config, tokenizer) -> list[dic
     drawn = random.Random(config.seed).sample(samples, len(samples))
     examples = [_example(sample, target(sample["rationale"], sample["answer"])) for sample in drawn]
     limit = config.max_completion_length - 1  # tokens, and one for EOS
-    fits = [len(ids) <= limit for ids in tokenizer([_text(example) for example in examples])["input_ids"]]
+    lengths = [len(ids) for ids in tokenizer([_text(example) for example in examples])["input_ids"]]
+    fits = [
+        length <= limit and is_strict_format(_text(example)) for example, length in zip(examples, lengths, strict=True)
+    ]
     if sum(fits) < count:
         raise BadInput(
             f"COLD_START_EXAMPLES is {count:,}, but only {sum(fits):,} solutions of {len(samples):,} fit in "
-            f"MAX_COMPLETION_LENGTH = {config.max_completion_length} tokens. Lower the one or raise the other"
+            f"MAX_COMPLETION_LENGTH = {config.max_completion_length} tokens and have a rationale. Lower the one or "
+            "raise the other"
         )
     print(
-        f"cold start: {fits.count(False):,} of {len(samples):,} solutions are longer than MAX_COMPLETION_LENGTH = "
-        f"{config.max_completion_length} tokens, and not shown"
+        f"cold start: {fits.count(False):,} of {len(samples):,} solutions are not to be shown: longer than "
+        f"MAX_COMPLETION_LENGTH = {config.max_completion_length} tokens, or without a rationale"
     )
     return [example for example, fit in zip(examples, fits, strict=True) if fit][:count]
 
@@ -127,20 +131,32 @@ def prepare(recipe, config, model_config, tokenizer, samples: list[dict], facts:
         BadInput: there are not that many problems, or the policy has answered too few.
         RunStopped: a signal, a full disk or a NaN ended the stage.
     """
+    import gc
+
+    import torch
+
     folder, count = Path(config.output_dir) / FOLDER, recipe.cold_start_examples
+    if config.resume_from_checkpoint and (Path(config.resume_from_checkpoint).parent / FOLDER / "done.json").is_file():
+        folder = Path(config.resume_from_checkpoint).parent / FOLDER
     needed = config.generation_batch_size // config.num_generations
     if count > len(samples) - (0 if recipe.cold_start_reuse else needed):
         raise BadInput(
             f"COLD_START_EXAMPLES is {count:,}, of {len(samples):,} problems, and GRPO needs {needed} others at a "
             "time. Lower it"
         )
-    if not (folder / "done.json").is_file():
+    if (folder / "done.json").is_file():
+        _check_settings(folder, recipe, config, model_config)
+    else:
         examples = _examples(folder, recipe, config, model_config, tokenizer, samples)
+        trainer = build_trainer(folder, examples, recipe, config, model_config, tokenizer)
         with recorded(Path(config.output_dir), done="cold start finished", **facts):
             folder.mkdir(exist_ok=True)
             if not (folder / "examples.jsonl").is_file():
                 write_whole(folder / "examples.jsonl", "".join(json.dumps(example) + "\n" for example in examples))
-            teach(folder, examples, recipe, config, model_config, tokenizer)
+            teach(trainer, folder, _settings(recipe, config, model_config), config)
+        del trainer  # its weights and optimizer, before GRPO's
+        gc.collect()
+        torch.cuda.empty_cache()
     shown = {example["prompt"][-1]["content"] for example in _read(folder)}
     print(f"cold start: {folder} holds the policy that was shown {len(shown):,} problems", end="; ")
     if recipe.cold_start_reuse:
@@ -153,6 +169,28 @@ def prepare(recipe, config, model_config, tokenizer, samples: list[dict], facts:
 
 def _read(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _settings(recipe, config, model_config) -> dict:
+    """What the policy after the stage depends on."""
+    stage = ("examples", "source", "learning_rate", "epochs", "batch_size")
+    settings = {f"cold_start_{name}": getattr(recipe, f"cold_start_{name}") for name in stage}
+    return {
+        **settings,
+        "model": model_config.model_name_or_path,
+        "use_peft": model_config.use_peft,
+        "seed": config.seed,
+    }
+
+
+def _check_settings(folder: Path, recipe, config, model_config) -> None:
+    """A stage that is done stays as it is: with other settings it would have to be done anew."""
+    now, then = _settings(recipe, config, model_config), json.loads((folder / "done.json").read_text())["settings"]
+    changes = [f"{name}: {then[name]!r} -> {now[name]!r}" for name in now if then[name] != now[name]]
+    if changes:
+        raise BadInput(
+            f"{folder} was made with other settings ({'; '.join(changes)}): give those, or a new --output_dir"
+        )
 
 
 def _examples(folder: Path, recipe, config, model_config, tokenizer, samples: list[dict]) -> list[dict]:
@@ -172,6 +210,8 @@ def build_trainer(folder: Path, examples: list[dict], recipe, config, model_conf
     from transformers import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
+    print(f"cold start: {len(examples):,} examples, source {recipe.cold_start_source!r}. The first:")
+    print(printable(_text(examples[0])))
     disable_progress_bars()  # four of them for a second's work
     args = SFTConfig(
         output_dir=str(folder),
@@ -196,24 +236,26 @@ def build_trainer(folder: Path, examples: list[dict], recipe, config, model_conf
         report_to="none",
     )
     kwargs = {"chat_template_kwargs": config.chat_template_kwargs} if config.chat_template_kwargs else {}
-    trainer = SFTTrainer(
-        model=model_config.model_name_or_path,
-        args=args,
-        train_dataset=Dataset.from_list([{**example, **kwargs} for example in examples]),
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_config),
-        peft_config=get_peft_config(model_config),
-    )
+    try:
+        trainer = SFTTrainer(
+            model=model_config.model_name_or_path,
+            args=args,
+            train_dataset=Dataset.from_list([{**example, **kwargs} for example in examples]),
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model_config),
+            peft_config=get_peft_config(model_config),
+        )
+    # no safetensors, a setting that TRL refuses, a package that is not installed
+    except (OSError, ValueError, ImportError) as error:
+        name = model_config.model_name_or_path
+        raise BadInput(f"the cold start cannot be built for model {name!r}: {str(error).strip()}") from error
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     return trainer
 
 
-def teach(folder: Path, examples: list[dict], recipe, config, model_config, tokenizer) -> None:
-    """Supervised fine-tuning; leaves the policy in `folder`, and done.json when it is whole."""
-    import gc
-
-    import torch
+def teach(trainer, folder: Path, settings: dict, config) -> None:
+    """Supervised fine-tuning; leaves the policy in `folder`, and done.json with the `settings` when it is whole."""
     from transformers import TrainerCallback
 
     class Lines(TrainerCallback):
@@ -222,23 +264,22 @@ def teach(folder: Path, examples: list[dict], recipe, config, model_config, toke
                 done, accuracy = f"{state.global_step}/{state.max_steps}", logs["mean_token_accuracy"]
                 print(f"cold start {done}  loss {logs['loss']:.3f}  token accuracy {accuracy:.1%}", flush=True)
 
-    print(f"cold start: {len(examples):,} examples, source {recipe.cold_start_source!r}. The first:")
-    print(printable(_text(examples[0])))
-    trainer = build_trainer(folder, examples, recipe, config, model_config, tokenizer)
     trainer.add_callback(Lines())
     check_disk(trainer)
     guard = protect(trainer)
-    checkpoint, _ = newest_whole(folder)
-    with guard.listening():
+    checkpoint, skipped = newest_whole(folder)
+    for line in skipped:
+        print(f"cold start: {line}")
+    remedies = [f"COLD_START_BATCH_SIZE below {settings['cold_start_batch_size']}", *LARGE_REMEDIES]
+    with guard.listening(), faults_explained(config, remedies):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         guard.end()
         trainer.save_model()
-        write_whole(folder / "done.json", json.dumps({"examples": len(examples), "log": trainer.state.log_history}))
+        done = {"settings": settings, "log": trainer.state.log_history}
+        write_whole(folder / "done.json", json.dumps(done, indent=2) + "\n")
+        guard.end(more_follows=True)
     for path in checkpoints(folder):
         shutil.rmtree(path)
-    del trainer  # its weights and optimizer, before GRPO's
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def load_adapter(folder: Path, config, model_config):

@@ -69,6 +69,7 @@ def settings() -> dict:
     import torch
 
     has_gpu = torch.cuda.is_available()
+    has_bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return {
         "model_name_or_path": None,
         "dataset_name": None,
@@ -83,7 +84,7 @@ def settings() -> dict:
         "gradient_checkpointing": False,
         "use_vllm": False,  # its start takes longer than the demo
         "use_cpu": not has_gpu,
-        "bf16": has_gpu,
+        "bf16": has_bf16,
     }
 
 

@@ -18,8 +18,9 @@ from rewards import REWARD_FUNCS, completion_text, extract_xml_answer
 
 NO_SIGNAL_STEPS = 10
 NO_SIGNAL_WARNING = (
-    f"for {NO_SIGNAL_STEPS} steps every group's completions all earned the same, so nothing was learned. Take a model "
-    "that can follow the format, fine-tune it briefly on the format first (a cold start), or take easier problems"
+    f"for {NO_SIGNAL_STEPS} steps every group's completions all earned the same, so nothing was learned. Give a cold "
+    "start (COLD_START_EXAMPLES = 256) or a worked example (ONE_SHOT = True), take a model that can follow the format, "
+    "or easier problems"
 )
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "vllm")
 
@@ -207,8 +208,10 @@ def inexact_because(args, max_steps: int) -> str:
             f"SAVE_STEPS {save_steps:g} does not fall on a generation's end, every {cycle} steps: what was generated "
             "before a save is generated anew"
         )
+    passes = args.steps_per_generation * args.num_iterations
+    if passes % args.gradient_accumulation_steps and args.gradient_accumulation_steps % passes:
+        reasons.append("a generation and a step do not end together, and at the end of an epoch they drift apart")
     for flag, reason in (
-        ("save_only_model", "it leaves the optimizer out of a checkpoint"),
         ("ignore_data_skip", "it starts the data from the beginning"),
         ("sync_ref_model", "the reference model is not part of a checkpoint"),
         ("use_vllm", "vLLM's random state is not part of a checkpoint"),

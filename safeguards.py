@@ -203,10 +203,14 @@ def _hardware(flags: argparse.Namespace) -> list[str]:
             "no CUDA GPU is visible, and the default run takes one with 40 GB or more. `python train_grpo.py --demo` "
             "shows the whole pipeline on any machine in minutes; `--use_cpu true` forces a real, slow run on the CPU"
         )
-    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ and not flags.use_cpu:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         problems.append(
-            f"{torch.cuda.device_count()} GPUs are visible to one process. Show it one with CUDA_VISIBLE_DEVICES=0, or "
-            "start one process each with `accelerate launch train_grpo.py`"
+            "several processes (WORLD_SIZE) are not supported yet: start train_grpo.py with python, on one GPU"
+        )
+    elif torch.cuda.device_count() > 1 and not flags.use_cpu:
+        problems.append(
+            f"{torch.cuda.device_count()} GPUs are visible, and this recipe uses one: show it one with "
+            "CUDA_VISIBLE_DEVICES=0"
         )
     computes_in_bf16 = flags.bf16 and torch.cuda.is_available() and not flags.use_cpu
     if computes_in_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -404,8 +408,13 @@ def _resumed_folder(folder: Path, wanted: str) -> list[str]:
         checkpoint, skipped = newest_whole(folder)
         if checkpoint is None and skipped:
             return [f"--resume_from_checkpoint auto: no checkpoint in {folder} is whole. " + "; ".join(skipped)]
+        if checkpoint is None and (folder / "run.json").is_file() and read_run(folder).get("outcome") == "finished":
+            return [f"--resume_from_checkpoint auto: {folder} is a finished run without checkpoints, nothing to resume"]
         if checkpoint is None and not (folder / "cold-start").is_dir():
-            return [f"--resume_from_checkpoint auto: {folder} holds no checkpoint. Leave the flag out to start a run"]
+            return [
+                f"--resume_from_checkpoint auto: {folder} holds no checkpoint. Leave the flag out to start a run, in a "
+                "new folder where this one holds a run.json"
+            ]
         return []
     if not Path(wanted).is_dir():
         return [f"--resume_from_checkpoint {wanted}: no such folder; `auto` takes the newest in {folder}"]
@@ -449,6 +458,8 @@ def _unused(flags: argparse.Namespace) -> list[str]:
             problems.append(f"--report_to {tracker} needs the package: pip install {tracker}")
     if flags.auto_find_batch_size:
         problems.append("--auto_find_batch_size would change the batch unseen; lower PER_DEVICE_BATCH_SIZE instead")
+    if flags.save_only_model:
+        problems.append("--save_only_model: a run could not be resumed from such a checkpoint; leave it out")
     if flags.enable_jit_checkpoint:
         problems.append("--enable_jit_checkpoint: this recipe saves on SIGTERM and Ctrl-C by itself; leave it out")
     for flag in ("do_train", "do_predict"):
@@ -469,9 +480,6 @@ def locked(output_dir: str):
     """
     from filelock import FileLock, Timeout
 
-    if int(os.environ.get("RANK", 0)) > 0:  # the main process holds it for all
-        yield
-        return
     folder = Path(output_dir)
     is_new = not folder.exists()
     try:
@@ -522,9 +530,10 @@ def check_disk(trainer) -> None:
     is_lora = hasattr(policy, "peft_config")
     saved = [p for p in policy.parameters() if p.requires_grad or not is_lora]
     weights = sum(p.numel() * p.element_size() for p in saved)
-    moments = 0 if args.save_only_model else 2 * sum(p.numel() * p.element_size() for p in saved if p.requires_grad)
-    saves = -(-total_steps(trainer) // args.save_steps) if args.save_steps >= 1 else args.save_total_limit
-    at_once = int(min(args.save_total_limit + 1, saves))  # one more than is kept, while the newest is written
+    moments = 2 * sum(p.numel() * p.element_size() for p in saved if p.requires_grad)
+    at_once = args.save_total_limit + 1  # one more than is kept, while the newest is written
+    if args.save_strategy == "steps" and args.save_steps >= 1:
+        at_once = min(at_once, -(-total_steps(trainer) // int(args.save_steps)))
     needed = (weights + moments) * max(1, at_once - len(checkpoints(args.output_dir))) + weights
     free = shutil.disk_usage(args.output_dir).free
     if needed > free:
@@ -587,20 +596,20 @@ def protect(trainer):
             message = f"\n{self.heard.name}: finishing this step, then saving; a second signal stops at once\n"
             os.write(2, message.encode())  # unlike print, safe in the middle of a print
 
-        def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
+        def on_train_begin(self, args, state, control, model, train_dataloader, optimizer, lr_scheduler, **kwargs):
             _check_weights(model, "the policy to start from")
             state.compute_steps(args, state.max_steps)  # or a resumed run saves and logs as often as before
+            _set_rates(args, optimizer, lr_scheduler)
             # TRL's sampler shuffles anew each epoch, from where its generator stands, which no checkpoint holds
             for _ in range(int(state.epoch or 0) if getattr(args, "shuffle_dataset", False) else 0):
                 next(iter(get_sampler(train_dataloader)))
 
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-            if args.fp16:  # the loss scaler meets infinite gradients as a matter of course, and skips those steps
-                return
             # _tr_loss is the sum of the losses since the last log; it has no public name
             gradient = largest([p.grad for p in model.parameters() if p.grad is not None])
             for name, value in (("loss", trainer._tr_loss), ("gradient", gradient)):
-                if not torch.isfinite(value):
+                # in fp16 the loss scaler meets infinite gradients as a matter of course, and skips those steps
+                if not torch.isfinite(value) and not (args.fp16 and name == "gradient"):
                     raise RunStopped(
                         f"step {state.global_step + 1}: the {name} is {value.item()}. The weights were not changed; "
                         f"{_kept(args.output_dir)}. Lower the learning rate (now {args.learning_rate:g}), or look "
@@ -611,22 +620,37 @@ def protect(trainer):
             if self.heard and state.global_step % generation_cycle(args) == 0:
                 control.should_save = control.should_training_stop = True
 
-        def end(self):
-            """Raises RunStopped where a signal, and not the last step, ended the training."""
+        def end(self, more_follows: bool = False):
+            """Raises RunStopped where a signal ended the training, or came near its end and more than that follows."""
             state, folder = trainer.state, trainer.args.output_dir
-            if self.heard and state.global_step < state.max_steps:
+            is_done = state.global_step >= state.max_steps
+            if self.heard and (more_follows or not is_done):
+                saved = folder if is_done else f"{folder}/checkpoint-{state.global_step}"
                 raise RunStopped(
-                    f"{self.heard.name}: saved {folder}/checkpoint-{state.global_step}. Go on with\n"
-                    f"  {_resume_command()}",
+                    f"{self.heard.name}: saved {saved}. Go on with\n  {_resume_command()}",
                     status=128 + self.heard,
                     outcome="stopped",
                 )
 
     shutil.rmtree(Path(trainer.args.output_dir) / SCRATCH, ignore_errors=True)  # what a killed run left
     trainer._save_checkpoint = functools.partial(_save_whole, trainer, trainer._save_checkpoint)
+    trainer._load_from_checkpoint = functools.partial(_load_whole, trainer, trainer._load_from_checkpoint)
     guard = Guard()
     trainer.add_callback(guard)
     return guard
+
+
+def _set_rates(args, optimizer, lr_scheduler) -> None:
+    """Make a resumed optimizer use this start's settings, where they were allowed to change: it brings its own."""
+    for group in optimizer.param_groups:
+        group["lr"] *= args.learning_rate / group["initial_lr"]
+        group["initial_lr"] = args.learning_rate
+        if "betas" in group:
+            group["betas"], group["eps"] = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
+        if group["weight_decay"]:  # biases and norms have none
+            group["weight_decay"] = args.weight_decay
+    lr_scheduler.base_lrs = [args.learning_rate] * len(optimizer.param_groups)
+    lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the next step is logged with
 
 
 def largest(tensors: list):
@@ -651,14 +675,18 @@ def _save_whole(trainer, save, model, trial) -> None:
     args, name = trainer.args, f"checkpoint-{trainer.state.global_step}"
     folder = Path(args.output_dir)
     scratch = folder / SCRATCH
+    is_there = (folder / name).is_dir() and flaw(folder / name) is None  # a signal and an epoch's end both ask for one
     _check_weights(model, f"the policy after step {trainer.state.global_step}")
     try:
-        args.output_dir = str(scratch)
-        save(model, trial)
-        trainer._finish_current_push()  # --push_to_hub uploads from there
-        if (folder / name).exists():  # damaged, or find_problems would have objected
-            (folder / name).rename(scratch / "damaged")
-        (scratch / name).rename(folder / name)
+        scratch.mkdir(exist_ok=True)
+        if not is_there:
+            args.output_dir = str(scratch)
+            save(model, trial)
+            _flush(scratch / name)
+            trainer._finish_current_push()  # --push_to_hub uploads from there
+            if (folder / name).exists():  # damaged
+                (folder / name).rename(scratch / "damaged")
+            (scratch / name).rename(folder / name)
         whole = [path for path in checkpoints(folder) if flaw(path) is None]
         for old in whole[: -args.save_total_limit]:
             old.rename(scratch / old.name)
@@ -671,6 +699,23 @@ def _save_whole(trainer, save, model, trial) -> None:
     finally:
         args.output_dir = str(folder)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _load_whole(trainer, load, checkpoint: str, model=None) -> None:
+    """Load a checkpoint's weights. Of a policy with a `ref` adapter, a folder in the checkpoint, Transformers loads
+    that alone, and leaves the adapter in training as it was."""
+    load(checkpoint, model)
+    if (Path(checkpoint) / "ref").is_dir():
+        trainer.model.load_adapter(checkpoint, "default", is_trainable=True)
+        trainer.model.set_adapter("default")
+
+
+def _flush(folder: Path) -> None:
+    """Bring a folder to the disk, so that its new name cannot get there before its contents."""
+    for path in (*folder.rglob("*"), folder):
+        number = os.open(path, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
 
 
 def _kept(folder: str | Path) -> str:
@@ -690,8 +735,9 @@ def _resume_command() -> str:
 
 
 @contextmanager
-def faults_explained(config):
-    """Turn what the machine or a file does to a run into one message that says what to change."""
+def faults_explained(config, remedies: list[str] | None = None):
+    """Turn what the machine or a file does to a run into one message that says what to change. `remedies` are those
+    against a lack of memory, GRPO's where they are not given."""
     import torch
     from safetensors import SafetensorError
 
@@ -699,12 +745,12 @@ def faults_explained(config):
         yield
     except torch.OutOfMemoryError as error:
         peak, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
-        raise RunStopped(out_of_memory(config, peak, total)) from error
+        raise RunStopped(out_of_memory(remedies or memory_remedies(config), peak, total)) from error
     except pickle.UnpicklingError as error:
         raise RunStopped(
-            f"{config.resume_from_checkpoint} holds more than tensors and numbers in optimizer.pt, scheduler.pt or "
-            "rng_state.pth. Such a file can run code when it is loaded: it was not loaded. Resume from a checkpoint "
-            "that you trust"
+            f"{config.resume_from_checkpoint or config.output_dir} holds more than tensors and numbers in "
+            "optimizer.pt, scheduler.pt or rng_state.pth. Such a file can run code when it is loaded: it was not "
+            "loaded. Resume from a checkpoint that you trust"
         ) from error
     except (OSError, SafetensorError) as error:
         if not re.search("No space left|Disk quota exceeded|File too large", str(error)):
@@ -723,8 +769,11 @@ def faults_explained(config):
         ) from error
 
 
-def out_of_memory(config, peak: int, total: int) -> str:
-    """What to change after CUDA ran out of memory, the most effective first. `peak` and `total` in bytes."""
+LARGE_REMEDIES = ["--use_peft true: LoRA needs no gradients and AdamW states for the full model", "a smaller MODEL"]
+
+
+def memory_remedies(config) -> list[str]:
+    """What needs less memory in GRPO, the most effective first."""
     batch, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
     remedies = []
     if config.use_vllm and config.vllm_mode == "colocate":
@@ -739,7 +788,11 @@ def out_of_memory(config, peak: int, total: int) -> str:
     remedies.append(f"MAX_COMPLETION_LENGTH below {config.max_completion_length}")
     if config.beta:
         remedies.append("BETA = 0, without a reference model")
-    remedies += ["--use_peft true: LoRA needs no gradients and AdamW states for the full model", "a smaller MODEL"]
+    return [*remedies, *LARGE_REMEDIES]
+
+
+def out_of_memory(remedies: list[str], peak: int, total: int) -> str:
+    """What to change after CUDA ran out of memory. `peak` and `total` in bytes."""
     lines = "".join(f"\n  {i}. {remedy}" for i, remedy in enumerate(remedies, start=1))
     return (
         f"CUDA is out of memory: {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB were in use at the peak. Change, in order "

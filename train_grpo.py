@@ -328,7 +328,7 @@ def train(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -
     folder, checkpoint = Path(config.output_dir), config.resume_from_checkpoint
     tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision, config.trust_remote_code)
     samples, dataset_revision = load_samples(recipe, config, tokenizer)
-    if not recipe.allow_changed_settings:
+    if not recipe.allow_changed_settings and (checkpoint or (folder / "run.json").is_file()):
         check_problems(checkpoint or folder, fingerprint(samples))
     task = held_out_task(recipe, config)
     held_out = held_out_sample(task, recipe.eval_problems) if config.eval_steps else []

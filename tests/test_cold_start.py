@@ -6,7 +6,8 @@ import signal
 
 import pandas as pd
 import pytest
-from conftest import GSM8K, flags, identical, launch, start, weights
+from conftest import GSM8K, flags, identical, launch, start, weights, write_jsonl
+from safetensors.torch import load_file
 
 import train_grpo
 from cold_start import build_trainer, from_dataset, target
@@ -138,15 +139,21 @@ def test_a_run_in_its_cold_start_resumes_to_the_same_run(cold_started, policy, d
 
 def test_an_adapter_carries_over_from_the_stage_to_grpo(policy, data, tmp_path):
     run = tmp_path / "run"
-    settings = {**STAGE, "use_peft": "true", "lora_r": 4, "lora_dropout": 0, "beta": 0.1, "max_steps": 2}
+    settings = {**STAGE, "use_peft": "true", "lora_r": 4, "lora_dropout": 0, "beta": 0.1}
     done = start("train_grpo.py", *flags(policy, data, run, **settings))
     assert done.returncode == 0, done.stderr[-4000:]
     assert "with the cold start's adapter" in done.stdout
-    shutil.rmtree(run / "checkpoint-2")
-    first = next(line for line in done.stdout.splitlines() if line.startswith("step 1/2"))
+    first = next(line for line in done.stdout.splitlines() if line.startswith("step 1/4"))
     assert " KL 0 " in first, "the reference is the policy after the stage, so that GRPO starts at no distance from it"
     done = start("evaluate.py", run / "cold-start", "--limit", 2)
     assert done.returncode == 0, done.stderr[-4000:]
+
+    shutil.copytree(run, tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    words = flags(policy, data, tmp_path / "resumed", **settings)
+    train_grpo.main([*words, "--resume_from_checkpoint", "auto"])
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (run, tmp_path / "resumed"))
+    assert identical(first, second), "the adapter in training is resumed, beside the reference's"
 
 
 def test_the_policys_own_right_answers_are_a_source(policy, data, tmp_path, capsys):
@@ -188,6 +195,33 @@ def test_a_policy_that_never_succeeds_is_no_source(policy, data, tmp_path):
 def test_too_many_examples_are_an_error_before_the_model_loads(changes, message, policy, data, tmp_path):
     with pytest.raises(SystemExit, match=message):
         train_grpo.main(flags(policy, data, tmp_path / "run", **{**STAGE, **changes}))
+
+
+def test_a_solution_without_a_rationale_is_not_shown(policy, tmp_path, capsys):
+    rows = [
+        {"question": f"What is {a}?", "answer": f"It is {a}.\n#### {a}" if a % 2 else f"#### {a}"} for a in range(8)
+    ]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    _, config, _ = train_grpo.read_settings(flags(policy, tmp_path, tmp_path / "run", **{**STAGE, "eval_steps": 0}))
+    samples = to_samples(load_problems(str(tmp_path), None, "train")[0])
+    examples = from_dataset(samples, 4, config, load_tokenizer(str(policy)))
+    assert all("It is" in example["completion"][0]["content"] for example in examples)
+    assert "4 of 8 solutions are not to be shown" in capsys.readouterr().out
+
+
+def test_a_stage_that_is_done_is_not_silently_kept_under_other_settings(cold_started, policy, data, tmp_path):
+    shutil.copytree(cold_started[0], tmp_path / "run")
+    words = flags(policy, data, tmp_path / "run", **{**STAGE, "cold_start_epochs": 3, "allow_changed_settings": "true"})
+    with pytest.raises(SystemExit, match="cold_start_epochs: 40 -> 3"):
+        train_grpo.main([*words, "--resume_from_checkpoint", "auto"])
+
+
+def test_a_model_that_cannot_be_taught_is_one_message_and_leaves_nothing(policy, data, tmp_path):
+    shutil.copytree(policy, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="the cold start cannot be built"):
+        train_grpo.main(flags(tmp_path / "model", data, tmp_path / "run", **STAGE))
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 # ---- one shot

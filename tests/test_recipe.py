@@ -299,6 +299,7 @@ MISTAKES = [
     (["--cold_start_source", "teacher"], ["COLD_START_SOURCE", "'dataset' or 'self'"], "an unknown source"),
     (["--auto_find_batch_size", "true"], ["PER_DEVICE_BATCH_SIZE"], "the batch is the user's"),
     (["--enable_jit_checkpoint", "true"], ["SIGTERM"], "two that save on a signal"),
+    (["--save_only_model", "true"], ["could not be resumed"], "half a checkpoint"),
     (["--model_name_or_path", "./\x1b[2Jx"], [r"\x1b[2Jx"], "nothing drives the terminal"),
 ]
 

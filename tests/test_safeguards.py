@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import rewards
 import safeguards
 import train_grpo
-from safeguards import RunStopped, checkpoints, faults_explained, locked, newest_whole, out_of_memory
+from safeguards import RunStopped, checkpoints, faults_explained, locked, memory_remedies, newest_whole, out_of_memory
 
 LONG = {"max_steps": 24, "save_steps": 4, "eval_steps": 8, "sample_every": 0}
 SLOW = {**LONG, "max_completion_length": 400, "generation_kwargs": '{"min_new_tokens": 400}', "eval_steps": 0}
@@ -236,6 +236,14 @@ def test_without_a_whole_checkpoint_nothing_starts(copy, policy, data, capsys):
     assert "optimizer.pt is damaged; `auto` takes the newest whole" in error
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_again(copy, policy, data, capsys):
+    (copy / "cold-start").mkdir()
+    for path in checkpoints(copy):
+        shutil.rmtree(path)
+    words = flags(policy, data, copy, **LONG)
+    assert "a finished run without checkpoints" in refused(capsys, 2, [*words, "--resume_from_checkpoint", "auto"])
+
+
 def test_going_on_from_an_older_checkpoint_never_overwrites_a_newer_one(copy, policy, data, capsys):
     words = flags(policy, data, copy, **LONG)
     assert "the newer checkpoint-24" in refused(capsys, 2, [*words, "--resume_from_checkpoint", copy / "checkpoint-20"])
@@ -336,11 +344,17 @@ def test_other_problems_are_not_the_same_run(copy, policy, data, tmp_path, capsy
 
 
 def test_changed_settings_are_taken_when_the_user_says_so(copy, policy, data, capsys):
-    changes = {**LONG, "max_steps": 26, "allow_changed_settings": "true"}
+    shutil.rmtree(copy / "checkpoint-24")
+    changes = {**LONG, "max_steps": 26, "learning_rate": "1e-5", "allow_changed_settings": "true"}
     out = resumed_here(capsys, flags(policy, data, copy, **changes))
     assert "changed on resuming: max_steps: 24 -> 26" in out
-    assert "step 25/26" in out
-    assert "step 24/26" not in out
+    assert "changed on resuming: learning_rate: 0.001 -> 1e-05" in out
+    assert "step 21/26" in out
+    assert "step 20/26" not in out
+    log = json.loads((copy / "trainer_state.json").read_text())["log_history"]
+    rates = {row["step"]: row["learning_rate"] for row in log if "learning_rate" in row}
+    assert rates[20] > 5e-5
+    assert 0 < rates[21] < 1e-5, "the optimizer's own rate is not kept"
 
 
 # ---- disk
@@ -459,7 +473,7 @@ def test_a_policy_with_a_weight_that_is_no_number_is_refused(policy, data, tmp_p
 
 def test_out_of_memory_names_what_to_lower_in_order_of_effect():
     _, config, _ = train_grpo.read_settings(["--use_cpu", "true", "--gradient_checkpointing", "false", "--beta", "0.1"])
-    text = out_of_memory(config, peak=39_500_000_000, total=42_300_000_000)
+    text = out_of_memory(memory_remedies(config), peak=39_500_000_000, total=42_300_000_000)
     assert "39.5 GB of 42.3 GB" in text
     order = [
         "GRADIENT_CHECKPOINTING = True",
