@@ -19,7 +19,7 @@ from pathlib import Path
 from gsm8k import BadInput, expand, load_problems, load_tokenizer, to_prompt
 from record import printable, read_run, set_aside, write_whole
 from rewards import SYSTEM_PROMPT, extract_xml_answer, is_strict_format, reflects, same_number
-from safeguards import checkpoints, vllm_is_usable
+from safeguards import VLLM_VERSIONS, checkpoints, vllm_obstacle
 
 DATASET = "openai/gsm8k"  # Hub name or folder, where neither the run nor a flag names one
 DATASET_CONFIG = "main"
@@ -237,13 +237,16 @@ def evaluate(
     Raises:
         BadInput: the model or the problems cannot be loaded.
     """
-    if use_vllm and not vllm_is_usable():
-        raise BadInput("--use_vllm true needs vLLM 0.22.0 to 0.31.0 and a CUDA GPU; leave it out to use Transformers")
+    if use_vllm and (obstacle := vllm_obstacle(use_cpu)):
+        raise BadInput(
+            f"--use_vllm true needs vLLM {' to '.join(VLLM_VERSIONS)} and a CUDA GPU, but {obstacle}; leave it out to "
+            "use Transformers"
+        )
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
     problems = task.problems()
     prompts = [task.prompt(problem["question"]) for problem in problems]
     if use_vllm is None:  # vLLM loads whole models, no adapters
-        use_vllm = vllm_is_usable() and not use_cpu and not (Path(name) / "adapter_config.json").exists()
+        use_vllm = vllm_obstacle(use_cpu) is None and not (Path(name) / "adapter_config.json").exists()
     if use_vllm:
         completions = complete_with_vllm(name, revision, trust_remote_code, tokenizer, prompts, task)
     else:

@@ -165,14 +165,14 @@ def device_name(device) -> str:
 # ---- the terminal
 
 
-def plan(trainer, max_steps: int, model: str, start_step: int = 0) -> str:
+def plan(trainer, max_steps: int, model: str, why_not_vllm: str, start_step: int = 0) -> str:
     """What is about to run, read off the trainer itself rather than off the settings."""
     args, policy = trainer.args, trainer.model
     trained = [p for p in policy.parameters() if p.requires_grad]
     weights = " and ".join(sorted({_name(p.dtype) for p in policy.parameters()}))
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     completions = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    backend = f"vLLM ({args.vllm_mode})" if args.use_vllm else "Transformers"
+    backend = f"vLLM ({args.vllm_mode})" if args.use_vllm else f"Transformers ({why_not_vllm})"
     reference = f"KL to a reference model, beta {args.beta}" if args.beta else "no reference model (beta 0)"
     lines = {
         "policy": f"{model}, {_millions(policy.parameters())} parameters, {_millions(trained)} of them trained",
@@ -309,7 +309,7 @@ def sample_text(step: int, question: str, gold: str, response: str) -> str:
     return f"---- sample after step {step} ----\n{printable(body)}\n----"
 
 
-def progress_callback(trainer, model: str, sample_every: int):
+def progress_callback(trainer, model: str, sample_every: int, why_not_vllm: str):
     """The trainer's progress bar, with the plan before it and readable lines and samples above it, in place of the raw
     dicts that Transformers prints."""
     from tqdm import tqdm
@@ -321,7 +321,7 @@ def progress_callback(trainer, model: str, sample_every: int):
 
         def on_train_begin(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
-                print(plan(trainer, state.max_steps, model, state.global_step), flush=True)
+                print(plan(trainer, state.max_steps, model, why_not_vllm, state.global_step), flush=True)
                 self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm)
             self.current_step = 0
 

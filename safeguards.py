@@ -21,6 +21,7 @@ from gsm8k import is_path
 from record import generation_cycle, read_run
 
 RUN_FILES = ("run.json", "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")
+VLLM_VERSIONS = ("0.22.0", "0.31.0")  # lowest and highest that TRL 1.16 supports
 LOCK = ".lock"
 SCRATCH = ".saving"  # in OUTPUT_DIR: where a checkpoint is until it is whole, and where an old one goes to be deleted
 
@@ -218,26 +219,31 @@ def _hardware(flags: argparse.Namespace) -> list[str]:
             f"BF16 (--bf16) is true, but the {torch.cuda.get_device_name()} cannot compute in bf16: set --bf16 false "
             "--fp16 true, with --use_peft true where the full model's fp32 weights do not fit"
         )
-    if flags.use_vllm and (flags.use_cpu or not vllm_is_usable()):
+    if flags.use_vllm and (obstacle := vllm_obstacle(flags.use_cpu)):
         problems.append(
-            "USE_VLLM (--use_vllm) is true, but vLLM 0.22.0 to 0.31.0 with a CUDA GPU is not there. Install "
-            "vllm==0.31.0, or set it to false to generate with Transformers"
+            f"USE_VLLM (--use_vllm) is true, but {obstacle}. It takes vLLM {' to '.join(VLLM_VERSIONS)} and a CUDA GPU "
+            f"(pip install vllm=={VLLM_VERSIONS[1]}); false generates with Transformers"
         )
     return problems
 
 
-def vllm_is_usable() -> bool:
-    """Whether vLLM is installed in a version that TRL supports, and a CUDA GPU is there."""
+def vllm_obstacle(use_cpu: bool = False) -> str | None:
+    """Why vLLM cannot generate here, None where it can: installed in a version that TRL supports, and a CUDA GPU."""
     from importlib import metadata
 
     import torch
     from packaging.version import Version
 
+    if use_cpu or not torch.cuda.is_available():
+        return "there is no CUDA GPU" if not use_cpu else "the run is on the CPU"
     try:
-        version = Version(Version(metadata.version("vllm")).base_version)  # without a local part such as +cu129
+        installed = metadata.version("vllm")
     except metadata.PackageNotFoundError:
-        return False
-    return torch.cuda.is_available() and Version("0.22.0") <= version <= Version("0.31.0")
+        return "vLLM is not installed"
+    lowest, highest = map(Version, VLLM_VERSIONS)
+    if lowest <= Version(Version(installed).base_version) <= highest:  # without a local part such as +cu129
+        return None
+    return f"vLLM {installed} is installed, which TRL does not support"
 
 
 AT_LEAST_ONE = {

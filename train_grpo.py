@@ -35,7 +35,7 @@ from safeguards import (
     is_finished,
     locked,
     protect,
-    vllm_is_usable,
+    vllm_obstacle,
 )
 
 # ---- policy
@@ -219,7 +219,7 @@ class RecipeParser(TrlParser):
         if flags.demo:
             demo.name_sources(flags)
         if flags.use_vllm is None:
-            flags.use_vllm = not flags.use_cpu and vllm_is_usable()
+            flags.use_vllm = vllm_obstacle(flags.use_cpu) is None
         return flags, unknown
 
     def error(self, message):
@@ -314,7 +314,8 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
         raise BadInput(f"the trainer cannot be built for model {name!r}: {str(error).strip()}") from error
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    trainer.add_callback(progress_callback(trainer, name, recipe.sample_every))
+    why_not_vllm = vllm_obstacle(config.use_cpu) or "USE_VLLM is False"
+    trainer.add_callback(progress_callback(trainer, name, recipe.sample_every, why_not_vllm))
     trainer.add_callback(curves_callback(config.output_dir))
     return trainer
 

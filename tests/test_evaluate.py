@@ -11,7 +11,7 @@ from conftest import launch, start
 
 import evaluate
 from gsm8k import BadInput, load_problems, load_tokenizer, to_prompt
-from safeguards import vllm_is_usable
+from safeguards import vllm_obstacle
 
 GOOD = "<reasoning>\nOne and 3.\n</reasoning>\n<answer>\n4\n</answer>"
 KEYS = [
@@ -156,7 +156,7 @@ def test_ask_prints_one_answer_and_writes_nothing(trained):
         pytest.param(
             ["RUN", "--use_vllm", "true"],
             "needs vLLM",
-            marks=pytest.mark.skipif(vllm_is_usable(), reason="vLLM is there"),
+            marks=pytest.mark.skipif(vllm_obstacle() is None, reason="vLLM is there"),
         ),
         (["RUN", "--lim", "3"], "unrecognized arguments"),
     ],

@@ -37,7 +37,7 @@ def test_a_run_prints_its_plan_before_training(trained, policy):
         "32 problems to train on; 0 dropped",
         str(policy),
         "weights float32, compute float32, AdamW states float32",
-        "Transformers, 8 completions at a time, at most 12 tokens each",
+        "Transformers (the run is on the CPU), 8 completions at a time, at most 12 tokens each",
         "2 prompts x 4 completions = 8 completions",
         "no reference model (beta 0)",
         "every 2 steps",

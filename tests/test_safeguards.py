@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,16 @@ from safetensors.torch import save_file
 import rewards
 import safeguards
 import train_grpo
-from safeguards import RunStopped, checkpoints, faults_explained, locked, memory_remedies, newest_whole, out_of_memory
+from safeguards import (
+    RunStopped,
+    checkpoints,
+    faults_explained,
+    locked,
+    memory_remedies,
+    newest_whole,
+    out_of_memory,
+    vllm_obstacle,
+)
 
 LONG = {"max_steps": 24, "save_steps": 4, "eval_steps": 8, "sample_every": 0}
 SLOW = {**LONG, "max_completion_length": 400, "generation_kwargs": '{"min_new_tokens": 400}', "eval_steps": 0}
@@ -546,3 +556,26 @@ def test_a_gpu_without_bf16_is_said_before_the_model_loads(monkeypatch, tmp_path
     error = refused(capsys, 2, ["--output_dir", tmp_path / "run", "--temperature", "0"])
     assert "Tesla T4 cannot compute in bf16: set --bf16 false --fp16 true" in error
     assert "TEMPERATURE" in error, "with all other problems"
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "installed", "obstacle"),
+    [
+        (False, "0.31.0", "there is no CUDA GPU"),
+        (True, None, "vLLM is not installed"),
+        (True, "0.33.0", "vLLM 0.33.0 is installed, which TRL does not support"),
+        (True, "0.21.9", "vLLM 0.21.9 is installed, which TRL does not support"),
+        (True, "0.31.0+cu129", None),
+        (True, "0.22.0", None),
+    ],
+)
+def test_the_plan_knows_why_vllm_cannot_generate(has_gpu, installed, obstacle, monkeypatch):
+    def version(package):
+        if installed is None:
+            raise metadata.PackageNotFoundError(package)
+        return installed
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(metadata, "version", version)
+    assert vllm_obstacle() == obstacle
+    assert vllm_obstacle(use_cpu=True) is not None
