@@ -284,6 +284,7 @@ def load_evaluation(folder: Path, task: Task) -> tuple[dict, list[dict]]:
         raise BadInput(
             f"{folder}: the evaluation there is of {of} or of earlier weights; evaluate {folder} again first"
         )
+    report = {"one_shot": False, **report}  # evaluations before there was one
     differing = [
         f"{name.replace('_', ' ')}: {report.get(name)!r} there, {getattr(task, name)!r} here"
         for name in ("max_completion_length", "chat_template_kwargs", "one_shot", "system_prompt")

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from gsm8k import BadInput
+from memory import gpu_memory, peak
 from rewards import REWARD_FUNCS, completion_text, extract_xml_answer
 
 NO_SIGNAL_STEPS = 10
@@ -165,7 +166,7 @@ def device_name(device) -> str:
 # ---- the terminal
 
 
-def plan(trainer, max_steps: int, model: str, why_not_vllm: str, start_step: int = 0) -> str:
+def plan(trainer, max_steps: int, start_step: int, model: str, why_not_vllm: str, prompt_length: int) -> str:
     """What is about to run, read off the trainer itself rather than off the settings."""
     args, policy = trainer.args, trainer.model
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -178,6 +179,7 @@ def plan(trainer, max_steps: int, model: str, why_not_vllm: str, start_step: int
         "policy": f"{model}, {_millions(policy.parameters())} parameters, {_millions(trained)} of them trained",
         "precision": f"weights {weights}, compute {compute}, AdamW states {_name(trained[0].dtype)}",
         "device": device_name(args.device),
+        **({"memory": _memory(trainer, prompt_length)} if args.device.type == "cuda" else {}),
         "generation": f"{backend}, {args.generation_batch_size} completions at a time, "
         f"at most {args.max_completion_length} tokens each",
         "a step": f"{completions / args.num_generations:g} prompts x {args.num_generations} completions = "
@@ -188,6 +190,15 @@ def plan(trainer, max_steps: int, model: str, why_not_vllm: str, start_step: int
         "resume": inexact_because(args, max_steps) or "exact, bit for bit",
     }
     return "\n".join(f"  {name:<11}{printable(value)}" for name, value in lines.items())
+
+
+def _memory(trainer, prompt_length: int) -> str:
+    import torch
+
+    needed = peak(gpu_memory(trainer.model, trainer.args, prompt_length))
+    total = torch.cuda.get_device_properties(trainer.args.device).total_memory
+    share = f", and vLLM's share of {trainer.args.vllm_gpu_memory_utilization:.0%}" if trainer.args.use_vllm else ""
+    return f"needs about {needed / 1e9:.0f} GB of {total / 1e9:.0f} GB (computed){share}"
 
 
 def generation_cycle(args) -> int:
@@ -309,7 +320,7 @@ def sample_text(step: int, question: str, gold: str, response: str) -> str:
     return f"---- sample after step {step} ----\n{printable(body)}\n----"
 
 
-def progress_callback(trainer, model: str, sample_every: int, why_not_vllm: str):
+def progress_callback(trainer, sample_every: int, **about):
     """The trainer's progress bar, with the plan before it and readable lines and samples above it, in place of the raw
     dicts that Transformers prints."""
     from tqdm import tqdm
@@ -321,7 +332,7 @@ def progress_callback(trainer, model: str, sample_every: int, why_not_vllm: str)
 
         def on_train_begin(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
-                print(plan(trainer, state.max_steps, model, why_not_vllm, state.global_step), flush=True)
+                print(plan(trainer, state.max_steps, state.global_step, **about), flush=True)
                 self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm)
             self.current_step = 0
 

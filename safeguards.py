@@ -18,6 +18,7 @@ from math import isfinite
 from pathlib import Path
 
 from gsm8k import is_path
+from memory import gpu_memory, held, peak
 from record import generation_cycle, read_run
 
 RUN_FILES = ("run.json", "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")
@@ -553,6 +554,27 @@ def check_disk(trainer) -> None:
 
 def _size(number: float) -> str:
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def check_memory(trainer, prompt_length: int) -> None:
+    """Refuse what cannot fit on the GPU, and warn of what may not, by the computed need.
+
+    Raises:
+        RunStopped: weights, gradients and optimizer alone, which are exact, are more than the GPU has.
+    """
+    import torch
+
+    parts = gpu_memory(trainer.model, trainer.args, prompt_length)
+    total = torch.cuda.get_device_properties(trainer.args.device).total_memory
+    remedies = "".join(f"\n  - {remedy}" for remedy in memory_remedies(trainer.args))
+    needed, kept = peak(parts), held(parts)
+    if kept > total:
+        raise RunStopped(
+            f"weights, gradients and optimizer need {_size(kept)}, and the GPU has {_size(total)}. What needs less:"
+            + remedies
+        )
+    if needed > total:
+        print(f"WARNING: the run may need {_size(needed)} (computed), and the GPU has {_size(total)}:{remedies}")
 
 
 def finite(reward_func):

@@ -26,6 +26,7 @@ from record import printable, read_run
 from safeguards import (
     RunStopped,
     check_disk,
+    check_memory,
     check_problems,
     faults_explained,
     find_checkpoint,
@@ -314,8 +315,9 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
         raise BadInput(f"the trainer cannot be built for model {name!r}: {str(error).strip()}") from error
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    why_not_vllm = vllm_obstacle(config.use_cpu) or "USE_VLLM is False"
-    trainer.add_callback(progress_callback(trainer, name, recipe.sample_every, why_not_vllm))
+    about = {"model": name, "why_not_vllm": vllm_obstacle(config.use_cpu) or "USE_VLLM is False"}
+    about["prompt_length"] = recipe.max_prompt_length
+    trainer.add_callback(progress_callback(trainer, recipe.sample_every, **about))
     trainer.add_callback(curves_callback(config.output_dir))
     return trainer
 
@@ -355,6 +357,8 @@ def train(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -
                 finish(Path(checkpoint), folder)
         return
     check_disk(trainer)
+    if config.device.type == "cuda":
+        check_memory(trainer, recipe.max_prompt_length)
     with recorded(folder, **facts), guard.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
         guard.end()

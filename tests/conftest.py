@@ -46,15 +46,13 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def policy(tmp_path_factory, data) -> Path:
-    """A folder with a Qwen2 of 0.1M parameters and the demo's kind of tokenizer. It answers with some number, so that
-    completions of one group earn different rewards and every step has a gradient."""
+def tiny(data: Path, initializer_range: float):
+    """A random Qwen2 of 0.1M parameters and the demo's kind of tokenizer."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import demo
-    from gsm8k import load_problems, to_prompt
+    from gsm8k import load_problems
 
     tokenizer = demo._train_tokenizer(load_problems(str(data), None, "train")[0])
     torch.manual_seed(0)
@@ -67,12 +65,30 @@ def policy(tmp_path_factory, data) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=False,  # tied random embeddings just repeat the last token
-        initializer_range=0.1,
+        initializer_range=initializer_range,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    model = Qwen2ForCausalLM(config)
+    return Qwen2ForCausalLM(config), tokenizer
+
+
+@pytest.fixture(scope="session")
+def babbler(data):
+    """A policy that says different things to different prompts, and never stops: the model and its tokenizer."""
+    model, tokenizer = tiny(data, initializer_range=0.3)
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory, data) -> Path:
+    """A folder with a policy that answers with some number, so that completions of one group earn different rewards and
+    every step has a gradient."""
+    import torch
+
+    from gsm8k import to_prompt
+
+    model, tokenizer = tiny(data, initializer_range=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     prompt = tokenizer.apply_chat_template(to_prompt("How many?"), add_generation_prompt=True, tokenize=False)
     for step in range(150):

@@ -10,7 +10,7 @@ import pytest
 from conftest import launch, start
 
 import evaluate
-from gsm8k import BadInput, load_problems, load_tokenizer, to_prompt
+from gsm8k import BadInput, load_problems, to_prompt
 from safeguards import vllm_obstacle
 
 GOOD = "<reasoning>\nOne and 3.\n</reasoning>\n<answer>\n4\n</answer>"
@@ -85,9 +85,9 @@ def test_summary_shares_and_wilson_interval():
     assert report["strict_ci95"] == pytest.approx([0.1078, 0.6032], abs=1e-4)  # Wilson's, from a textbook table
 
 
-def test_completions_are_the_same_at_any_batch_size(policy, data):
+def test_completions_are_the_same_at_any_batch_size(babbler, data):
     """Left padding and position ids: a shorter prompt beside a longer one must not change."""
-    model, tokenizer = evaluate.load_policy(str(policy)), load_tokenizer(str(policy))
+    model, tokenizer = babbler
     problems = load_problems(str(data), None, "test")[0]
     prompts = [to_prompt("Well, " * (i % 4) + p["question"]) for i, p in enumerate(problems)]
     alone = evaluate.complete(model, tokenizer, prompts, 16, batch_size=1)
@@ -96,9 +96,9 @@ def test_completions_are_the_same_at_any_batch_size(policy, data):
         assert evaluate.complete(model, tokenizer, prompts, 16, batch_size=batch_size) == alone
 
 
-def test_completions_are_plain_greedy_whatever_the_model_declares(policy):
+def test_completions_are_plain_greedy_whatever_the_model_declares(babbler):
     """Qwen2.5 declares sampling and a repetition penalty in its generation config."""
-    model, tokenizer = evaluate.load_policy(str(policy)), load_tokenizer(str(policy))
+    model, tokenizer = babbler
     prompt = [to_prompt("What is 1 + 1?")]
     plain = evaluate.complete(model, tokenizer, prompt, 16)
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, min_new_tokens=16)
@@ -106,8 +106,8 @@ def test_completions_are_plain_greedy_whatever_the_model_declares(policy):
     assert plain[0]["tokens"] <= 16
 
 
-def test_a_completion_ends_at_any_of_the_models_eos_tokens(policy):
-    model, tokenizer = evaluate.load_policy(str(policy)), load_tokenizer(str(policy))
+def test_a_completion_ends_at_any_of_the_models_eos_tokens(babbler):
+    model, tokenizer = babbler
     prompt = [to_prompt("What is 1 + 1?")]
     assert evaluate.complete(model, tokenizer, prompt, 16)[0]["truncated"]
     model.generation_config.eos_token_id = list(range(len(tokenizer)))
@@ -250,6 +250,7 @@ def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path)
     rows = [evaluate.score(0, problem, {"text": "a\u2028b\x85c\r", "tokens": 3, "truncated": False})]
     report = {
         "model": "x",
+        "one_shot": False,
         "max_completion_length": 12,
         "chat_template_kwargs": {},
         "system_prompt": task.system_prompt,

@@ -1,0 +1,92 @@
+"""The arithmetic of GPU memory, by hand for Qwen2.5-1.5B."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import train_grpo
+from memory import gpu_memory, held, peak
+from safeguards import RunStopped, check_memory
+
+PARAMETERS = 1_543_714_304
+LINEAR = 28 * (2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960)  # weights of the layers' linear modules
+
+
+@pytest.fixture
+def model():
+    """Qwen2.5-1.5B without its numbers."""
+    with torch.device("meta"):
+        return Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=151936,
+                hidden_size=1536,
+                intermediate_size=8960,
+                num_hidden_layers=28,
+                num_attention_heads=12,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+            )
+        )
+
+
+def computed(model, tmp_path, *words: str, quantized: bool = False) -> dict:
+    recipe, config, _ = train_grpo.read_settings(["--use_cpu", "true", "--output_dir", str(tmp_path), *words])
+    return gpu_memory(model, config, recipe.max_prompt_length, quantized)
+
+
+def test_full_fine_tuning_holds_sixteen_bytes_a_parameter(model, tmp_path):
+    parts = computed(model, tmp_path)
+    assert parts["weights"] == parts["gradients"] == 4 * PARAMETERS
+    assert parts["optimizer"] == 8 * PARAMETERS
+    assert parts["casts"] == 2 * LINEAR
+    assert parts["reference"] == 0
+    # 64 completions x (256 + 512) tokens x 28 layers x keys and values x 2 heads of 128 x 2 bytes
+    assert parts["cache"] == 64 * 768 * 28 * 2 * 256 * 2
+    assert held(parts) == 16 * PARAMETERS
+    assert 30e9 < peak(parts) < 32e9, "the README's 31 GB"
+
+
+def test_a_reference_model_costs_its_weights(model, tmp_path):
+    assert computed(model, tmp_path, "--beta", "0.04")["reference"] == 4 * PARAMETERS
+
+
+def test_gradient_checkpointing_keeps_one_layer_and_what_is_between_them(model, tmp_path):
+    kept = computed(model, tmp_path)["activations"]
+    everything = computed(model, tmp_path, "--gradient_checkpointing", "false")["activations"]
+    tokens = 16 * 768
+    assert kept == pytest.approx(tokens * (28 * 4 * 1536) + (everything / 28 - tokens * 4 * 1536))
+    assert computed(model, tmp_path, "--per_device_train_batch_size", "32")["activations"] == 2 * kept
+
+
+def test_lora_holds_gradients_and_moments_of_the_adapter_alone(model, tmp_path):
+    model = get_peft_model(model, LoraConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    sides = 2 * (1536 + 1536) + 2 * (1536 + 256) + 2 * (1536 + 8960) + (8960 + 1536)
+    adapter = 28 * 32 * sides
+    parts = computed(model, tmp_path, "--use_peft", "true", "--beta", "0.04")
+    assert parts["gradients"] == 4 * adapter
+    assert parts["optimizer"] == 8 * adapter
+    assert parts["weights"] == 4 * (PARAMETERS + adapter)
+    assert parts["reference"] == 0, "the model without its adapter"
+
+
+def test_four_bit_weights_take_half_a_byte_and_their_scales(model, tmp_path):
+    model = get_peft_model(model, LoraConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    full, quantized = (computed(model, tmp_path, "--use_peft", "true", quantized=flag) for flag in (False, True))
+    assert full["weights"] - quantized["weights"] == pytest.approx(LINEAR * (4 - 0.5625))
+    assert quantized["casts"] == 0
+
+
+@pytest.mark.parametrize(("total", "outcome"), [(20e9, "refused"), (28e9, "warned"), (40e9, "fine")])
+def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of(total, outcome, model, tmp_path, monkeypatch, capsys):
+    _, config, _ = train_grpo.read_settings(["--use_cpu", "true", "--output_dir", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
+    place = SimpleNamespace(model=model, args=config)
+    if outcome == "refused":
+        with pytest.raises(RunStopped, match=r"need 24.7 GB, and the GPU has 20.0 GB(.|\n)*--use_peft true"):
+            check_memory(place, 256)
+    else:
+        check_memory(place, 256)
+        assert ("WARNING: the run may need 31.0 GB" in capsys.readouterr().out) == (outcome == "warned")
