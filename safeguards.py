@@ -425,13 +425,13 @@ def _resumed_folder(folder: Path, wanted: str) -> list[str]:
         return []
     if not Path(wanted).is_dir():
         return [f"--resume_from_checkpoint {wanted}: no such folder; `auto` takes the newest in {folder}"]
-    if wrong := flaw(Path(wanted)):
-        return [f"--resume_from_checkpoint {wanted}: {wrong}; `auto` takes the newest whole checkpoint in {folder}"]
     if found and Path(wanted).resolve().parent != folder.resolve():
         return [
             f"--resume_from_checkpoint {wanted} is another run's than OUTPUT_DIR (--output_dir) {folder}, which "
             f"holds {found[-1].name}; give the run's own folder, or a new one"
         ]
+    if wrong := flaw(Path(wanted)):
+        return [f"--resume_from_checkpoint {wanted}: {wrong}; `auto` takes the newest whole checkpoint in {folder}"]
     newer = [path.name for path in found if _step(path) > _step(Path(wanted).resolve()) and flaw(path) is None]
     if newer:
         return [

@@ -74,10 +74,12 @@ def tiny(data: Path, initializer_range: float):
 
 
 @pytest.fixture(scope="session")
-def babbler(data):
-    """A policy that says different things to different prompts, and never stops: the model and its tokenizer."""
-    model, tokenizer = tiny(data, initializer_range=0.3)
-    return model.eval(), tokenizer
+def babbler(tmp_path_factory, data) -> Path:
+    """A folder with a random policy, which says different things to different prompts and hardly ever stops."""
+    folder = tmp_path_factory.mktemp("models") / "babbler"
+    for part in tiny(data, initializer_range=0.3):
+        part.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from conftest import launch, start
 
 import evaluate
-from gsm8k import BadInput, load_problems, to_prompt
+from gsm8k import BadInput, load_problems, load_tokenizer, to_prompt
 from safeguards import vllm_obstacle
 
 GOOD = "<reasoning>\nOne and 3.\n</reasoning>\n<answer>\n4\n</answer>"
@@ -87,7 +87,7 @@ def test_summary_shares_and_wilson_interval():
 
 def test_completions_are_the_same_at_any_batch_size(babbler, data):
     """Left padding and position ids: a shorter prompt beside a longer one must not change."""
-    model, tokenizer = babbler
+    model, tokenizer = evaluate.load_policy(str(babbler)), load_tokenizer(str(babbler))
     problems = load_problems(str(data), None, "test")[0]
     prompts = [to_prompt("Well, " * (i % 4) + p["question"]) for i, p in enumerate(problems)]
     alone = evaluate.complete(model, tokenizer, prompts, 16, batch_size=1)
@@ -98,7 +98,7 @@ def test_completions_are_the_same_at_any_batch_size(babbler, data):
 
 def test_completions_are_plain_greedy_whatever_the_model_declares(babbler):
     """Qwen2.5 declares sampling and a repetition penalty in its generation config."""
-    model, tokenizer = babbler
+    model, tokenizer = evaluate.load_policy(str(babbler)), load_tokenizer(str(babbler))
     prompt = [to_prompt("What is 1 + 1?")]
     plain = evaluate.complete(model, tokenizer, prompt, 16)
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, min_new_tokens=16)
@@ -107,7 +107,7 @@ def test_completions_are_plain_greedy_whatever_the_model_declares(babbler):
 
 
 def test_a_completion_ends_at_any_of_the_models_eos_tokens(babbler):
-    model, tokenizer = babbler
+    model, tokenizer = evaluate.load_policy(str(babbler)), load_tokenizer(str(babbler))
     prompt = [to_prompt("What is 1 + 1?")]
     assert evaluate.complete(model, tokenizer, prompt, 16)[0]["truncated"]
     model.generation_config.eos_token_id = list(range(len(tokenizer)))
@@ -259,8 +259,8 @@ def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path)
     assert evaluate.load_evaluation(tmp_path, task) == (report, rows)
 
 
-def test_an_interrupted_evaluation_leaves_nothing_that_looks_whole(policy, data, tmp_path):
-    words = [policy, "--dataset_name", data, "--max_completion_length", 3000, "--batch_size", 1]
+def test_an_interrupted_evaluation_leaves_nothing_that_looks_whole(babbler, data, tmp_path):
+    words = [babbler, "--dataset_name", data, "--max_completion_length", 3000, "--batch_size", 1]
     process = launch("evaluate.py", *words, "--output_dir", tmp_path / "out")
     for line in process.stdout:
         if line.startswith("model:"):

@@ -386,7 +386,7 @@ def test_without_a_gpu_the_bare_command_says_what_works_instead():
 
 def test_bad_data_is_one_message_and_no_traceback(policy, tmp_path):
     write_jsonl(tmp_path / "data" / "train.jsonl", [problem(1, 1), {"question": "Why?"}])
-    done = start("train_grpo.py", *flags(policy, tmp_path / "data", tmp_path / "run"))
+    done = start("train_grpo.py", *flags(policy, tmp_path / "data", tmp_path / "run", eval_steps="0"))
     assert done.returncode == 1
     assert "train.jsonl: 1 of 2 rows cannot be used. row 2: no 'answer'" in done.stderr
     assert "Traceback" not in done.stderr
@@ -403,7 +403,7 @@ def test_a_missing_split_is_said_before_anything_loads(policy, tmp_path, capsys)
 
 def test_too_few_problems_for_one_generation_is_an_error(policy, tmp_path):
     write_jsonl(tmp_path / "data" / "train.jsonl", [problem(1, 1)])
-    done = start("train_grpo.py", *flags(policy, tmp_path / "data", tmp_path / "run"))
+    done = start("train_grpo.py", *flags(policy, tmp_path / "data", tmp_path / "run", eval_steps="0"))
     assert done.returncode == 1
     assert "1 problems are fewer than the 2 prompts" in done.stderr
 
