@@ -50,7 +50,7 @@ THINGS = ("shells", "stamps", "pears", "books", "cups", "coins", "kites", "pens"
 
 # GRPO
 LEARNING_RATE = 1e-4  # 20 times the recipe's: the policy is 2,000 times smaller
-COLD_START_LEARNING_RATE = 5e-4  # for --cold_start_examples; at 2e-4 and 2 epochs it is half learned, and does harm
+COLD_START_LEARNING_RATE = 5e-4  # for --cold_start_examples; a quarter of the teaching's
 COLD_START_EPOCHS = 4
 MAX_STEPS = 80
 MAX_COMPLETION_LENGTH = 48  # tokens; a formatted answer takes about 25
@@ -143,7 +143,7 @@ def write_problems(folder: Path) -> None:
 
 def _problem(a: int, b: int, rng: random.Random) -> dict:
     question = rng.choice(TEMPLATES).format(a=a, b=b, name=rng.choice(NAMES), things=rng.choice(THINGS))
-    return {"question": question, "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
+    return {"question": question, "answer": f"{a} + {b} = {a + b}.\n#### {a + b}"}
 
 
 # ---- the tiny policy
@@ -206,8 +206,8 @@ def teach(folder: Path, problems: list[dict], seed: int, use_cpu: bool) -> None:
 
 
 def _target(problem: dict, rng: random.Random) -> dict:
-    """A conversational prompt and completion; the rationale of these problems is just 'a + b = c'."""
-    reasoning, answer = f"{problem['rationale']}.", problem["answer"]
+    """A conversational prompt and completion; the rationale of these problems is just 'a + b = c.'"""
+    reasoning, answer = problem["rationale"], problem["answer"]
     if rng.random() < FORMATTED_SHARE:
         text = XML_COT_FORMAT.format(reasoning=reasoning, answer=answer).rstrip("\n")
     else:
