@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from conftest import launch, start
+from conftest import launch, problem, start, write_jsonl
 
 import evaluate
 from gsm8k import BadInput, load_problems, load_tokenizer, to_prompt
@@ -259,13 +259,14 @@ def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path)
     assert evaluate.load_evaluation(tmp_path, task) == (report, rows)
 
 
-def test_an_interrupted_evaluation_leaves_nothing_that_looks_whole(babbler, data, tmp_path):
-    words = [babbler, "--dataset_name", data, "--max_completion_length", 3000, "--batch_size", 1]
+def test_an_interrupted_evaluation_leaves_nothing_that_looks_whole(babbler, tmp_path):
+    write_jsonl(tmp_path / "many" / "test.jsonl", [problem(a, 7) for a in range(1000)])
+    words = [babbler, "--dataset_name", tmp_path / "many", "--max_completion_length", 3000, "--batch_size", 1]
     process = launch("evaluate.py", *words, "--output_dir", tmp_path / "out")
     for line in process.stdout:
         if line.startswith("model:"):
             break
-    time.sleep(0.5)  # in the middle of loading
+    time.sleep(6)  # in the middle of decoding, which takes minutes
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
