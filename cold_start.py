@@ -22,7 +22,15 @@ from evaluate import complete, load_policy, score
 from gsm8k import BadInput, to_prompt
 from record import printable, recorded, write_whole
 from rewards import XML_COT_FORMAT, is_strict_format
-from safeguards import LARGE_REMEDIES, check_disk, checkpoints, faults_explained, newest_whole, protect
+from safeguards import (
+    LARGE_REMEDIES,
+    check_disk,
+    checkpoints,
+    differences,
+    faults_explained,
+    newest_whole,
+    protect,
+)
 
 FOLDER = "cold-start"
 TRIES = 8  # "self": problems tried for each example wanted, before it gives up
@@ -186,8 +194,7 @@ def _settings(recipe, config, model_config) -> dict:
 def _check_settings(folder: Path, recipe, config, model_config) -> None:
     """A stage that is done stays as it is: with other settings it would have to be done anew."""
     now, then = _settings(recipe, config, model_config), json.loads((folder / "done.json").read_text())["settings"]
-    changes = [f"{name}: {then[name]!r} -> {now[name]!r}" for name in now if then[name] != now[name]]
-    if changes:
+    if changes := differences(then, now):
         raise BadInput(
             f"{folder} was made with other settings ({'; '.join(changes)}): give those, or a new --output_dir"
         )

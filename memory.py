@@ -22,8 +22,7 @@ def gpu_memory(model, args, prompt_length: int, quantized: bool = False) -> dict
         `activations` (one forward and backward pass) and `cache` (keys and values of one generation by Transformers).
     """
     weights = sum(_bytes(name, p, quantized) for name, p in model.named_parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in trained)
+    gradients = size(p for p in model.parameters() if p.requires_grad)
     is_lora = hasattr(model, "peft_config")
     half = args.bf16 or args.fp16
     matrices = [p for name, p in model.named_parameters() if _is_linear(name, p) and p.element_size() == 4]
@@ -36,6 +35,11 @@ def gpu_memory(model, args, prompt_length: int, quantized: bool = False) -> dict
         "activations": _activations(model.config, args, prompt_length),
         "cache": 0 if args.use_vllm else _cache(model.config, args, prompt_length),
     }
+
+
+def size(parameters) -> int:
+    """Bytes of tensors."""
+    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def held(parts: dict[str, int]) -> int:

@@ -18,7 +18,7 @@ from math import isfinite
 from pathlib import Path
 
 from gsm8k import is_path
-from memory import gpu_memory, held, peak
+from memory import gpu_memory, held, peak, size
 from record import generation_cycle, read_run
 
 RUN_FILES = ("run.json", "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")
@@ -166,8 +166,13 @@ def changed_settings(run: dict, description: dict) -> list[str]:
     before = {**run["settings"], "SYSTEM_PROMPT": run.get("system_prompt")}
     after = json.loads(json.dumps(description["settings"], default=str))
     after["SYSTEM_PROMPT"] = description["system_prompt"]
-    names = [name for name in after if name in before and not HARMLESS.fullmatch(name)]
-    return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in names if before[name] != after[name]]
+    return differences(before, {name: value for name, value in after.items() if not HARMLESS.fullmatch(name)})
+
+
+def differences(before: dict, after: dict) -> list[str]:
+    """What both know and do not agree on: a line each, old -> new."""
+    names = [name for name in after if name in before and before[name] != after[name]]
+    return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in names]
 
 
 def check_problems(place: str | Path, fingerprint: str) -> None:
@@ -535,9 +540,8 @@ def check_disk(trainer) -> None:
     """
     args, policy = trainer.args, trainer.model
     is_lora = hasattr(policy, "peft_config")
-    saved = [p for p in policy.parameters() if p.requires_grad or not is_lora]
-    weights = sum(p.numel() * p.element_size() for p in saved)
-    moments = 2 * sum(p.numel() * p.element_size() for p in saved if p.requires_grad)
+    weights = size(p for p in policy.parameters() if p.requires_grad or not is_lora)
+    moments = 2 * size(p for p in policy.parameters() if p.requires_grad)
     at_once = args.save_total_limit + 1  # one more than is kept, while the newest is written
     if args.save_strategy == "steps" and args.save_steps >= 1:
         at_once = min(at_once, -(-total_steps(trainer) // int(args.save_steps)))
@@ -772,8 +776,8 @@ def faults_explained(config, remedies: list[str] | None = None):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        peak, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
-        raise RunStopped(out_of_memory(remedies or memory_remedies(config), peak, total)) from error
+        used, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+        raise RunStopped(out_of_memory(remedies or memory_remedies(config), used, total)) from error
     except pickle.UnpicklingError as error:
         raise RunStopped(
             f"{config.resume_from_checkpoint or config.output_dir} holds more than tensors and numbers in "

@@ -267,8 +267,8 @@ def load_samples(recipe: RecipeConfig, config: GRPOConfig, tokenizer) -> tuple[l
     samples = to_samples(problems, recipe.one_shot)
     kept = drop_long(samples, tokenizer, recipe.max_prompt_length, config.chat_template_kwargs or {})
     print(
-        f"{recipe.dataset_name}: {len(kept):,} problems to train on; {len(samples) - len(kept):,} dropped, the prompt "
-        f"over MAX_PROMPT_LENGTH = {recipe.max_prompt_length} tokens"
+        f"{printable(recipe.dataset_name)}: {len(kept):,} problems to train on; {len(samples) - len(kept):,} dropped, "
+        f"the prompt over MAX_PROMPT_LENGTH = {recipe.max_prompt_length} tokens"
     )
     prompts_at_once = config.generation_batch_size // config.num_generations
     if len(kept) < prompts_at_once:
@@ -366,7 +366,7 @@ def train(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -
         trainer.save_state()  # with the log that curves.py draws
     for remark in closing_remarks(trainer.state.log_history):
         print(f"WARNING: {remark}")
-    print(f"saved: the trained policy, its tokenizer and curves.png in {config.output_dir}")
+    print(f"saved: the trained policy, its tokenizer and curves.png in {printable(config.output_dir)}")
 
 
 def held_out_task(recipe: RecipeConfig, config: GRPOConfig):
@@ -421,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"\ntrain_grpo.py: interrupted; what was saved is in {config.output_dir}", file=sys.stderr)
         sys.exit(130)
-    print(f"next:  python evaluate.py {config.output_dir}")
+    print(f"next:  python evaluate.py {printable(config.output_dir)}")
 
 
 if __name__ == "__main__":

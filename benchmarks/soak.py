@@ -1,6 +1,6 @@
 """A thousand steps of GRPO, killed and stopped at random moments, against the same run left alone.
 
-    python benchmarks/soak.py --out outputs/soak                # 1,000 steps, 24 kills and signals: about 15 minutes
+    python benchmarks/soak.py --out outputs/soak                # 1,000 steps, 24 kills and signals: about 20 minutes
 
 The demo's tiny policy, on the CPU; the disturbed run is resumed with `--resume_from_checkpoint auto` each time. Both
 must end in the same weights, with the same prompts, completions and rewards at every step; resident memory of the run

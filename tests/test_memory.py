@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import train_grpo
+from benchmarks.gpu_memory import shaped
 from memory import gpu_memory, held, peak
 from safeguards import RunStopped, check_memory
 
@@ -17,19 +17,7 @@ LINEAR = 28 * (2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960)  # weights of
 
 @pytest.fixture
 def model():
-    """Qwen2.5-1.5B without its numbers."""
-    with torch.device("meta"):
-        return Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=151936,
-                hidden_size=1536,
-                intermediate_size=8960,
-                num_hidden_layers=28,
-                num_attention_heads=12,
-                num_key_value_heads=2,
-                tie_word_embeddings=True,
-            )
-        )
+    return shaped("1.5B")
 
 
 def computed(model, tmp_path, *words: str, quantized: bool = False) -> dict:
