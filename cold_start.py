@@ -231,7 +231,9 @@ def build_trainer(folder: Path, examples: list[dict], recipe, config, model_conf
         max_length=None,  # prompts are limited already; a solution that is cut would teach to stop in the middle
         model_init_kwargs=config.model_init_kwargs,
         trust_remote_code=config.trust_remote_code,
-        gradient_checkpointing=config.gradient_checkpointing,
+        # which is settled for GRPO's passes, and these may be larger
+        gradient_checkpointing=config.gradient_checkpointing
+        or recipe.cold_start_batch_size > config.per_device_train_batch_size,
         bf16=config.bf16,
         fp16=config.fp16,
         use_cpu=config.use_cpu,

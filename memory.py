@@ -5,7 +5,11 @@ in a Llama-like layer under autocast (Qwen2, Qwen3, Llama, SmolLM2); other archi
 one. Not counted: CUDA's own share, the allocator's waste, and the output layer, whose logits TRL never holds whole.
 """
 
+from copy import copy
+
 NF4_BYTES = 0.5 + 4 / 64  # a 4-bit weight, and an fp32 scale for each 64 of them
+USABLE = 0.9  # of the memory: the rest is CUDA's own share and what the allocator cannot use
+FULL_PASS = 2048  # tokens; smaller passes leave a GPU waiting for launches, and then recomputing is the lesser cost
 
 
 def gpu_memory(model, args, prompt_length: int, quantized: bool = False) -> dict[str, int]:
@@ -47,9 +51,74 @@ def held(parts: dict[str, int]) -> int:
     return sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference"))
 
 
-def peak(parts: dict[str, int]) -> int:
-    """The most that is held at once: generation and update take turns."""
-    return held(parts) + max(parts["casts"] + parts["activations"], parts["cache"])
+def peak(parts: dict[str, int], vllm: int = 0, vllm_sleeps: bool = False) -> int:
+    """The most that is held at once: generation and update take turns, and vLLM keeps its share through the update
+    unless it sleeps."""
+    update = parts["casts"] + parts["activations"]
+    if vllm_sleeps:
+        return held(parts) + max(update, vllm)
+    return held(parts) + vllm + max(update, parts["cache"])
+
+
+def needed(parts: dict[str, int], args, total: int) -> int:
+    """Peak on a GPU of `total` bytes, a share of which is vLLM's where it generates in this process."""
+    is_colocated = args.use_vllm and args.vllm_mode == "colocate"
+    vllm = int(args.vllm_gpu_memory_utilization * total) if is_colocated else 0
+    return peak(parts, vllm, is_colocated and args.vllm_enable_sleep_mode)
+
+
+def device_memory(device) -> int:
+    """Bytes of a `torch.device`, the GPU's or the machine's."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def shape(args, model_config):
+    """The policy on the `meta` device, with a new adapter for LoRA: its shapes without its numbers.
+
+    Raises:
+        OSError, ValueError: the model's configuration cannot be read, or is not that of a causal language model.
+    """
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from trl import get_peft_config
+
+    options = {"revision": model_config.model_revision, "trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(model_config.model_name_or_path, **options)
+    dtype = model_config.dtype if model_config.dtype in ("float32", "bfloat16", "float16") else "float32"
+    with torch.device("meta"):
+        trust = args.trust_remote_code
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
+        return get_peft_model(model, get_peft_config(model_config)) if model_config.use_peft else model
+
+
+def fit(model, args, prompt_length: int, total: int, quantized: bool = False, smaller: bool = True) -> None:
+    """Choose `args`' completions a pass and gradient checkpointing by what `total` bytes hold; the completions a step
+    stay the same.
+
+    No recomputation is preferred, with up to `args.per_device_train_batch_size` completions a pass. `smaller`: halve
+    those where they do not fit. Where `args.gradient_checkpointing` is not None it stays.
+    """
+    batch = args.per_device_train_batch_size
+    sizes = [batch >> i for i in range(batch.bit_length()) if batch % (1 << i) == 0] if smaller else [batch]
+    tokens = prompt_length + args.max_completion_length
+    choices = [(size, True) for size in sizes]
+    choices = [(size, False) for size in sizes if size == batch or size * tokens >= FULL_PASS] + choices
+    if args.gradient_checkpointing is not None:
+        choices = [(size, args.gradient_checkpointing) for size in sizes]
+    for size, checkpointing in choices:
+        trial = copy(args)
+        trial.per_device_train_batch_size, trial.gradient_checkpointing = size, checkpointing
+        if needed(gpu_memory(model, trial, prompt_length, quantized), trial, total) <= USABLE * total:
+            break  # else the smallest, and the check before training says that it may not fit
+    args.per_device_train_batch_size, args.gradient_checkpointing = size, checkpointing
+    args.gradient_accumulation_steps *= batch // size
+    args.steps_per_generation *= batch // size
 
 
 def _is_linear(name: str, parameter) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from gsm8k import BadInput
-from memory import gpu_memory, peak
+from memory import device_memory, gpu_memory, needed
 from rewards import REWARD_FUNCS, completion_text, extract_xml_answer
 
 NO_SIGNAL_STEPS = 10
@@ -183,7 +183,8 @@ def plan(trainer, max_steps: int, start_step: int, model: str, why_not_vllm: str
         "generation": f"{backend}, {args.generation_batch_size} completions at a time, "
         f"at most {args.max_completion_length} tokens each",
         "a step": f"{completions / args.num_generations:g} prompts x {args.num_generations} completions = "
-        f"{completions} completions",
+        f"{completions} completions, in {args.gradient_accumulation_steps} passes of "
+        f"{args.per_device_train_batch_size}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}",
         "steps": f"{max_steps:,}" + (f", resuming after step {start_step:,}" if start_step else ""),
         "objective": f"{args.loss_type} loss, {reference}, learning rate {args.learning_rate:g}",
         "saves": f"in {args.output_dir}, checkpoints {_interval(args)}, the newest {args.save_total_limit} are kept",
@@ -193,12 +194,11 @@ def plan(trainer, max_steps: int, start_step: int, model: str, why_not_vllm: str
 
 
 def _memory(trainer, prompt_length: int) -> str:
-    import torch
-
-    needed = peak(gpu_memory(trainer.model, trainer.args, prompt_length))
-    total = torch.cuda.get_device_properties(trainer.args.device).total_memory
-    share = f", and vLLM's share of {trainer.args.vllm_gpu_memory_utilization:.0%}" if trainer.args.use_vllm else ""
-    return f"needs about {needed / 1e9:.0f} GB of {total / 1e9:.0f} GB (computed){share}"
+    args, total = trainer.args, device_memory(trainer.args.device)
+    most = needed(gpu_memory(trainer.model, args, prompt_length), args, total)
+    is_colocated = args.use_vllm and args.vllm_mode == "colocate"
+    share = f", vLLM's share of {args.vllm_gpu_memory_utilization:.0%} included" if is_colocated else ""
+    return f"needs about {most / 1e9:.0f} GB of {total / 1e9:.0f} GB (computed){share}"
 
 
 def generation_cycle(args) -> int:

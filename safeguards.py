@@ -18,7 +18,7 @@ from math import isfinite
 from pathlib import Path
 
 from gsm8k import is_path
-from memory import gpu_memory, held, peak, size
+from memory import device_memory, gpu_memory, held, needed, size
 from record import generation_cycle, read_run
 
 RUN_FILES = ("run.json", "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")
@@ -468,6 +468,17 @@ def _unused(flags: argparse.Namespace) -> list[str]:
     for tracker in [flags.report_to] if isinstance(flags.report_to, str) else flags.report_to or []:
         if tracker in TRACKERS and find_spec(tracker) is None:
             problems.append(f"--report_to {tracker} needs the package: pip install {tracker}")
+    names_server = flags.vllm_server_base_url or flags.vllm_server_host != "0.0.0.0" or flags.vllm_server_port != 8000
+    if flags.vllm_mode != "server" and names_server:
+        problems.append("--vllm_server_base_url, _host and _port have no effect without --vllm_mode server")
+    if flags.vllm_mode == "server" and flags.use_vllm is False:
+        problems.append("--vllm_mode server has no effect with USE_VLLM = False (--use_vllm false)")
+    if flags.load_in_8bit:
+        problems.append("--load_in_8bit is not covered; --load_in_4bit true with --use_peft true needs less memory")
+    if flags.load_in_4bit and not flags.use_peft:
+        problems.append("--load_in_4bit true: 4-bit weights cannot be trained, an adapter on them can; --use_peft true")
+    if flags.load_in_4bit and find_spec("bitsandbytes") is None:
+        problems.append("--load_in_4bit true needs the package: pip install bitsandbytes")
     if flags.auto_find_batch_size:
         problems.append("--auto_find_batch_size would change the batch unseen; lower PER_DEVICE_BATCH_SIZE instead")
     if flags.save_only_model:
@@ -566,19 +577,17 @@ def check_memory(trainer, prompt_length: int) -> None:
     Raises:
         RunStopped: weights, gradients and optimizer alone, which are exact, are more than the GPU has.
     """
-    import torch
-
     parts = gpu_memory(trainer.model, trainer.args, prompt_length)
-    total = torch.cuda.get_device_properties(trainer.args.device).total_memory
+    total = device_memory(trainer.args.device)
     remedies = "".join(f"\n  - {remedy}" for remedy in memory_remedies(trainer.args))
-    needed, kept = peak(parts), held(parts)
+    most, kept = needed(parts, trainer.args, total), held(parts)
     if kept > total:
         raise RunStopped(
             f"weights, gradients and optimizer need {_size(kept)}, and the GPU has {_size(total)}. What needs less:"
             + remedies
         )
-    if needed > total:
-        print(f"WARNING: the run may need {_size(needed)} (computed), and the GPU has {_size(total)}:{remedies}")
+    if most > total:
+        print(f"WARNING: the run may need {_size(most)} (computed), and the GPU has {_size(total)}:{remedies}")
 
 
 def finite(reward_func):
@@ -801,7 +810,10 @@ def faults_explained(config, remedies: list[str] | None = None):
         ) from error
 
 
-LARGE_REMEDIES = ["--use_peft true: LoRA needs no gradients and AdamW states for the full model", "a smaller MODEL"]
+LARGE_REMEDIES = [
+    "--use_peft true: LoRA needs no gradients and AdamW states for the full model; with --load_in_4bit true still less",
+    "a smaller MODEL",
+]
 
 
 def memory_remedies(config) -> list[str]:
@@ -809,7 +821,9 @@ def memory_remedies(config) -> list[str]:
     batch, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
     remedies = []
     if config.use_vllm and config.vllm_mode == "colocate":
-        remedies.append(f"--vllm_gpu_memory_utilization below {config.vllm_gpu_memory_utilization:g}, vLLM's share")
+        if not config.vllm_enable_sleep_mode:
+            remedies.append("VLLM_SLEEP = True, which frees vLLM's share during the update")
+        remedies.append(f"VLLM_MEMORY_SHARE below {config.vllm_gpu_memory_utilization:g}")
     if not config.gradient_checkpointing:
         remedies.append("GRADIENT_CHECKPOINTING = True")
     if batch > 1:

@@ -80,7 +80,8 @@ TEMPERATURE = 0.9  # higher gives more varied groups; 0.7 to 1.0 is the useful r
 # ---- batch
 PER_DEVICE_BATCH_SIZE = 16  # completions a forward and backward pass; TRL counts completions, not prompts
 GRADIENT_ACCUMULATION_STEPS = 4  # passes a step: 16 x 4 = 64 completions, 4 prompts, generated all at once
-GRADIENT_CHECKPOINTING = True  # recomputes activations in the backward pass: less memory, about 20% slower updates
+FIT_MEMORY = True  # where 16 do not fit by computation, more and smaller passes: the step stays 64 completions, aloud
+GRADIENT_CHECKPOINTING = None  # recompute activations in the backward pass; None: only where they do not fit otherwise
 
 # ---- optimizer
 LEARNING_RATE = 5e-6
@@ -97,6 +98,7 @@ LORA_RANK = 32
 LORA_TARGETS = ["all-linear"]  # every linear layer but the output's; attention alone learns less at any rank
 LORA_DROPOUT = 0.0  # dropout would score completions by another policy than the one that sampled them
 LORA_LEARNING_RATE_FACTOR = 10  # an adapter wants about ten times the full model's rate; a --learning_rate is kept
+QLORA_DTYPE = "bfloat16"  # with --load_in_4bit true: of what is not quantized; frozen, so that nothing rounds away
 
 # ---- precision and speed
 DTYPE = (
@@ -104,6 +106,8 @@ DTYPE = (
 )
 BF16 = True  # compute in bf16
 USE_VLLM = None  # None: vLLM in this process where it is installed and a GPU is there; True and False insist
+VLLM_MEMORY_SHARE = 0.3  # of the GPU, for vLLM: 24 GB of 80; 1.5B needs 3 for bf16 weights and 1.4 for 64 x 768 tokens
+VLLM_SLEEP = False  # True frees that share during the update, for seconds a step: for a GPU that is too small without
 
 DEFAULTS = {  # the constants under TRL's names for them, which are the flags
     "model_name_or_path": MODEL,
@@ -133,6 +137,7 @@ DEFAULTS = {  # the constants under TRL's names for them, which are the flags
     "temperature": TEMPERATURE,
     "per_device_train_batch_size": PER_DEVICE_BATCH_SIZE,
     "gradient_accumulation_steps": GRADIENT_ACCUMULATION_STEPS,
+    "fit_memory": FIT_MEMORY,
     "gradient_checkpointing": GRADIENT_CHECKPOINTING,
     "learning_rate": LEARNING_RATE,
     "adam_beta1": ADAM_BETA1,
@@ -145,9 +150,11 @@ DEFAULTS = {  # the constants under TRL's names for them, which are the flags
     "lora_r": LORA_RANK,
     "lora_target_modules": LORA_TARGETS,
     "lora_dropout": LORA_DROPOUT,
-    "dtype": DTYPE,
+    "dtype": None,  # DTYPE, or QLORA_DTYPE
     "bf16": BF16,
     "use_vllm": USE_VLLM,
+    "vllm_gpu_memory_utilization": VLLM_MEMORY_SHARE,
+    "vllm_enable_sleep_mode": VLLM_SLEEP,
     "log_completions": True,  # writes OUTPUT_DIR/completions/*.parquet
     "num_completions_to_print": 0,  # and prints none of it: SAMPLE_EVERY does, readably
     "logging_nan_inf_filter": False,  # which would replace a loss that is not a number by the average of those before
@@ -176,6 +183,7 @@ class RecipeConfig:
     cold_start_learning_rate: float = field(default=COLD_START_LEARNING_RATE, metadata={"help": "Of that stage."})
     cold_start_epochs: int = field(default=COLD_START_EPOCHS, metadata={"help": "Of that stage."})
     cold_start_batch_size: int = field(default=COLD_START_BATCH_SIZE, metadata={"help": "Examples a step."})
+    fit_memory: bool = field(default=FIT_MEMORY, metadata={"help": "Smaller passes where they do not fit otherwise."})
     sample_every: int = field(default=SAMPLE_EVERY, metadata={"help": "Steps between printed samples; 0: none."})
     eval_problems: int = field(default=EVAL_PROBLEMS, metadata={"help": "Test problems that eval_steps measures on."})
     allow_changed_settings: bool = field(
@@ -201,6 +209,8 @@ class RecipeParser(TrlParser):
         defaults = {**DEFAULTS, **(demo.settings() if is_demo else {})}
         self.rates = {name: defaults.pop(name) for name in ("learning_rate", "cold_start_learning_rate")}
         self.set_defaults(**defaults, **dict.fromkeys(self.rates))  # None: not given, which depends on --use_peft
+        lora = [action.dest for action in self._actions if action.dest.startswith("lora_")]
+        self.lora = {name: self.get_default(name) for name in lora}
 
     def parse_known_args(self, args=None, namespace=None):
         flags, unknown = super().parse_known_args(args, namespace)
@@ -212,7 +222,14 @@ class RecipeParser(TrlParser):
         for name, rate in self.rates.items():
             if getattr(flags, name) is None:
                 setattr(flags, name, rate * LORA_LEARNING_RATE_FACTOR if flags.use_peft else rate)
+        if flags.dtype is None:
+            flags.dtype = QLORA_DTYPE if flags.load_in_4bit else DTYPE
+        if flags.use_vllm is None and flags.vllm_mode == "server":
+            flags.use_vllm = True
         problems = [f"unknown flag or stray value {word!r}; --help lists all flags" for word in unknown]
+        for name in self.lora if not flags.use_peft else ():
+            if getattr(flags, name) != self.lora[name]:
+                problems.append(f"--{name} has no effect without --use_peft true")
         problems += find_problems(flags)
         if problems:
             listed = "".join(f"  - {printable(problem)}\n" for problem in problems)
@@ -235,7 +252,7 @@ def read_settings(argv: list[str] | None = None) -> tuple[RecipeConfig, GRPOConf
         recipe, config, model_config = parser.parse_args_and_config(argv)
     except (ValueError, OSError, IndexError, YAMLError) as error:  # TRL's objections; no or no readable --config file
         parser.error(str(error))
-    if config.use_vllm and config.vllm_max_model_length is None:
+    if config.use_vllm and config.vllm_mode == "colocate" and config.vllm_max_model_length is None:
         # vLLM would reserve cache for the model's whole context, 32,768 tokens for Qwen2.5
         config.vllm_max_model_length = recipe.max_prompt_length + config.max_completion_length
     config.model_init_kwargs = {
@@ -254,6 +271,28 @@ def describe(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig
 
     settings = {**vars(recipe), **vars(model_config), **config.to_dict()}
     return {"settings": settings, "system_prompt": SYSTEM_PROMPT}
+
+
+def fit_memory(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -> None:
+    """Settle gradient checkpointing and the completions a pass by computed memory."""
+    from memory import device_memory, fit, shape
+
+    name, batch = model_config.model_name_or_path, config.per_device_train_batch_size
+    try:
+        model = shape(config, model_config)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"model {name!r} cannot be loaded ({str(error).strip()}). Use a local folder (--model_name_or_path "
+            "FOLDER), or set HF_ENDPOINT to a mirror"
+        ) from error
+    total = device_memory(config.device)
+    fit(model, config, recipe.max_prompt_length, total, model_config.load_in_4bit, smaller=recipe.fit_memory)
+    if config.per_device_train_batch_size < batch:
+        print(
+            f"PER_DEVICE_BATCH_SIZE {batch} -> {config.per_device_train_batch_size} by computed memory, with "
+            f"GRADIENT_ACCUMULATION_STEPS {config.gradient_accumulation_steps}: the step stays the same. "
+            "--fit_memory false insists"
+        )
 
 
 # ---- the method
@@ -313,6 +352,9 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
     # no safetensors, a setting that TRL refuses, a package that is not installed
     except (OSError, ValueError, ImportError) as error:
         raise BadInput(f"the trainer cannot be built for model {name!r}: {str(error).strip()}") from error
+    if model_config.load_in_4bit:  # TRL casts the adapter to bf16, in which small updates round away
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     about = {"model": name, "why_not_vllm": vllm_obstacle(config.use_cpu) or "USE_VLLM is False"}
@@ -401,11 +443,13 @@ def main(argv: list[str] | None = None) -> None:
     resumes = config.resume_from_checkpoint is not None
     try:
         with locked(config.output_dir), faults_explained(config):
+            if recipe.demo:
+                demo.prepare(config.output_dir, config.seed, config.use_cpu, fresh=not resumes)
+            fit_memory(recipe, config, model_config)
             if resumes:
                 description = describe(recipe, config, model_config)
                 config.resume_from_checkpoint = find_checkpoint(config, description, recipe.allow_changed_settings)
             if recipe.demo:
-                demo.prepare(config.output_dir, config.seed, config.use_cpu, fresh=not resumes)
                 before = measure(model_config.model_name_or_path, recipe, config, "evaluation_before")
             train(recipe, config, model_config)
             if recipe.demo:

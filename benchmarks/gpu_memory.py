@@ -1,4 +1,4 @@
-"""The table of GPU memory by model size and method, computed by memory.py with the recipe's constants.
+"""GPU memory by model size and method, and what the recipe chooses by it, computed by memory.py with its constants.
 
     python benchmarks/gpu_memory.py
 
@@ -16,7 +16,7 @@ from trl import get_peft_config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_grpo
-from memory import gpu_memory, held, peak
+from memory import fit, gpu_memory, held, peak
 
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied embeddings
     "0.5B": (896, 4864, 24, 14, 2, 151936, True),
@@ -24,10 +24,17 @@ SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied embe
     "3B": (2048, 11008, 36, 16, 2, 151936, True),
     "7B": (3584, 18944, 28, 28, 4, 152064, False),
 }
-METHODS = {"full": [], "LoRA": ["--use_peft", "true"], "QLoRA": ["--use_peft", "true", "--load_in_4bit", "true"]}
+METHODS = {
+    "full": {},
+    "LoRA": {"use_peft": "true"},
+    "LoRA, bf16 base": {"use_peft": "true", "dtype": "bfloat16"},
+    "QLoRA": {"use_peft": "true", "dtype": train_grpo.QLORA_DTYPE},  # as --load_in_4bit, without its package
+}
+GPUS = (16, 24, 40, 48, 80, 141)  # GB
 
 
-def shaped(size: str) -> Qwen2ForCausalLM:
+def shaped(size: str, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
+    """A model of Qwen2.5's shape on the `meta` device."""
     hidden, mlp, layers, heads, key_heads, vocabulary, tied = SHAPES[size]
     with torch.device("meta"):
         return Qwen2ForCausalLM(
@@ -40,24 +47,44 @@ def shaped(size: str) -> Qwen2ForCausalLM:
                 num_key_value_heads=key_heads,
                 tie_word_embeddings=tied,
             )
-        )
+        ).to(dtype)
+
+
+def policy(size: str, method: str, **words: str):
+    """The policy without its numbers, and the recipe's settings for it."""
+    words = {"use_cpu": "true", "output_dir": "outputs/of-no-run", **METHODS[method], **words}
+    flags = [word for name, value in words.items() for word in (f"--{name}", value)]
+    recipe, config, model_config = train_grpo.read_settings(flags)
+    model = shaped(size, getattr(torch, model_config.dtype))
+    if model_config.use_peft:
+        model = get_peft_model(model, get_peft_config(model_config))
+    return model, config, recipe.max_prompt_length, method == "QLoRA"
+
+
+def chosen(size: str, method: str, gigabytes: int) -> str:
+    """Completions a pass on a GPU, and whether activations are recomputed; '-' where the run does not fit."""
+    model, config, prompt_length, quantized = policy(size, method)
+    total = int(gigabytes * 1e9)
+    fit(model, config, prompt_length, total, quantized)
+    if peak(gpu_memory(model, config, prompt_length, quantized)) > total:
+        return "-"
+    return f"{config.per_device_train_batch_size}{' recomputed' if config.gradient_checkpointing else ''}"
 
 
 def main() -> None:
-    print("| model | " + " | ".join(METHODS) + " |")
+    print("| needs, recomputing | " + " | ".join(METHODS) + " |")
     print("|---" * (len(METHODS) + 1) + "|")
     for size in SHAPES:
         cells = []
-        for method, words in METHODS.items():
-            recipe, config, model_config = train_grpo.read_settings(
-                ["--use_cpu", "true", "--output_dir", "outputs/of-no-run", *words]
-            )
-            model = shaped(size)
-            if model_config.use_peft:
-                model = get_peft_model(model, get_peft_config(model_config))
-            parts = gpu_memory(model, config, recipe.max_prompt_length, quantized=method == "QLoRA")
+        for method in METHODS:
+            parts = gpu_memory(*policy(size, method, gradient_checkpointing="true"))
             cells.append(f"{peak(parts) / 1e9:.0f} GB ({held(parts) / 1e9:.0f} held)")
         print(f"| {size} | " + " | ".join(cells) + " |")
+    print("\n| completions a pass on | " + " | ".join(f"{gigabytes} GB" for gigabytes in GPUS) + " |")
+    print("|---" * (len(GPUS) + 1) + "|")
+    for size in SHAPES:
+        for method in ("full", "LoRA", "QLoRA"):
+            print(f"| {size} {method} | " + " | ".join(chosen(size, method, gigabytes) for gigabytes in GPUS) + " |")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""The arithmetic of GPU memory, by hand for Qwen2.5-1.5B."""
+"""The arithmetic of GPU memory, by hand for Qwen2.5-1.5B, and what is chosen by it."""
 
 from types import SimpleNamespace
 
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 
 import train_grpo
 from benchmarks.gpu_memory import shaped
-from memory import gpu_memory, held, peak
+from memory import fit, gpu_memory, held, needed, peak
 from safeguards import RunStopped, check_memory
 
 PARAMETERS = 1_543_714_304
@@ -20,9 +19,13 @@ def model():
     return shaped("1.5B")
 
 
+def settings(tmp_path, *words: str):
+    return train_grpo.read_settings(["--use_cpu", "true", "--output_dir", str(tmp_path), *words])[1]
+
+
 def computed(model, tmp_path, *words: str, quantized: bool = False) -> dict:
-    recipe, config, _ = train_grpo.read_settings(["--use_cpu", "true", "--output_dir", str(tmp_path), *words])
-    return gpu_memory(model, config, recipe.max_prompt_length, quantized)
+    words = ("--gradient_checkpointing", "true", *words)
+    return gpu_memory(model, settings(tmp_path, *words), 256, quantized)
 
 
 def test_full_fine_tuning_holds_sixteen_bytes_a_parameter(model, tmp_path):
@@ -69,12 +72,52 @@ def test_four_bit_weights_take_half_a_byte_and_their_scales(model, tmp_path):
 
 @pytest.mark.parametrize(("total", "outcome"), [(20e9, "refused"), (28e9, "warned"), (40e9, "fine")])
 def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of(total, outcome, model, tmp_path, monkeypatch, capsys):
-    _, config, _ = train_grpo.read_settings(["--use_cpu", "true", "--output_dir", str(tmp_path)])
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
-    place = SimpleNamespace(model=model, args=config)
+    monkeypatch.setattr("safeguards.device_memory", lambda _: int(total))
+    place = SimpleNamespace(model=model, args=settings(tmp_path, "--gradient_checkpointing", "true"))
     if outcome == "refused":
         with pytest.raises(RunStopped, match=r"need 24.7 GB, and the GPU has 20.0 GB(.|\n)*--use_peft true"):
             check_memory(place, 256)
     else:
         check_memory(place, 256)
         assert ("WARNING: the run may need 31.0 GB" in capsys.readouterr().out) == (outcome == "warned")
+
+
+def fitted(model, tmp_path, gigabytes: float, *words: str, smaller: bool = True) -> tuple:
+    config = settings(tmp_path, *words)
+    fit(model, config, 256, int(gigabytes * 1e9), smaller=smaller)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 64, "a step stays a step"
+    assert config.per_device_train_batch_size * config.steps_per_generation == config.generation_batch_size
+    return config.per_device_train_batch_size, config.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "words", "chosen", "reason"),
+    [
+        (143, (), (16, False), "an H200 recomputes nothing"),
+        (80, (), (8, False), "smaller passes cost less than recomputation"),
+        (40, (), (16, True), "passes under 2,048 tokens cost more"),
+        (33, (), (8, True), "both"),
+        (24, (), (1, True), "nothing fits, which the check before training says"),
+        (80, ("--gradient_checkpointing", "true"), (16, True), "the user's choice"),
+        (80, ("--max_completion_length", "32"), (16, False), "short completions"),
+    ],
+)
+def test_passes_and_checkpointing_follow_from_memory(gigabytes, words, chosen, reason, model, tmp_path):
+    assert fitted(model, tmp_path, gigabytes, *words) == chosen, reason
+
+
+def test_passes_stay_as_they_are_where_the_user_insists(model, tmp_path):
+    assert fitted(model, tmp_path, 33, smaller=False) == (16, True)
+
+
+def test_vllms_share_counts_through_the_update_unless_it_sleeps(model, tmp_path):
+    config = settings(tmp_path, "--gradient_checkpointing", "true")
+    config.use_vllm, config.vllm_gpu_memory_utilization = True, 0.3
+    parts, total = gpu_memory(model, config, 256), int(80e9)
+    update = parts["casts"] + parts["activations"]
+    assert parts["cache"] == 0, "vLLM's own, within its share"
+    assert needed(parts, config, total) == held(parts) + update + int(24e9)
+    config.vllm_enable_sleep_mode = True
+    assert needed(parts, config, total) == held(parts) + int(24e9), "more than the update"
+    config.vllm_mode = "server"
+    assert needed(parts, config, total) == peak(parts)

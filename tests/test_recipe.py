@@ -38,7 +38,7 @@ def test_a_run_prints_its_plan_before_training(trained, policy):
         str(policy),
         "weights float32, compute float32, AdamW states float32",
         "Transformers (the run is on the CPU), 8 completions at a time, at most 12 tokens each",
-        "2 prompts x 4 completions = 8 completions",
+        "2 prompts x 4 completions = 8 completions, in 2 passes of 4, gradient checkpointing off",
         "no reference model (beta 0)",
         "every 2 steps",
         str(run),
@@ -88,6 +88,7 @@ def test_run_json_holds_every_setting_as_used(trained, policy, data):
         "adam_beta2": train_grpo.ADAM_BETA2,
         "warmup_steps": train_grpo.WARMUP,
         "dtype": "float32",
+        "gradient_checkpointing": False,
         "use_vllm": False,
         "seed": train_grpo.SEED,
     }
@@ -105,10 +106,11 @@ def test_constants_are_what_the_trainer_gets(tmp_path):
     recipe, config, model_config = train_grpo.read_settings(["--use_cpu", "true", "--output_dir", str(tmp_path)])
     got = {**vars(model_config), **vars(config), **vars(recipe)}
     for name, value in train_grpo.DEFAULTS.items():
-        if name not in ("output_dir", "use_vllm"):
+        if name not in ("output_dir", "use_vllm", "dtype"):
             assert got[name] in (value, *(value if isinstance(value, list) else [])), name
     assert got["generation_batch_size"] == 64, "one generation of all 64 completions a step"
     assert got["use_vllm"] is False
+    assert got["dtype"] == train_grpo.DTYPE
     assert got["model_init_kwargs"]["use_safetensors"] is True
 
 
@@ -124,6 +126,38 @@ def test_lora_trains_all_linear_layers_at_ten_times_the_rate_unless_one_is_given
     (tmp_path / "rate.yaml").write_text("learning_rate: 2e-6\n")
     _, config, _ = train_grpo.read_settings([*words, "--config", str(tmp_path / "rate.yaml")])
     assert config.learning_rate == 2e-6
+
+
+@pytest.fixture
+def with_vllm(monkeypatch):
+    """As if vLLM could generate here."""
+    for module in ("train_grpo", "safeguards"):
+        monkeypatch.setattr(f"{module}.vllm_obstacle", lambda use_cpu=False: None)
+
+
+@pytest.mark.parametrize(
+    ("words", "uses_it", "length"),
+    [
+        ([], True, 256 + 512),
+        (["--max_prompt_length", "100", "--max_completion_length", "50"], True, 150),
+        (["--vllm_max_model_length", "4096"], True, 4096),
+        (["--use_vllm", "false"], False, None),
+        (["--vllm_mode", "server", "--vllm_server_host", "10.0.0.2"], True, None),
+    ],
+)
+def test_vllm_generates_where_it_can_with_a_context_of_prompt_and_completion(
+    words, uses_it, length, with_vllm, tmp_path
+):
+    _, config, _ = train_grpo.read_settings(["--use_cpu", "true", "--output_dir", str(tmp_path), *words])
+    assert (config.use_vllm, config.vllm_max_model_length) == (uses_it, length)
+    assert config.vllm_gpu_memory_utilization == train_grpo.VLLM_MEMORY_SHARE
+    assert config.vllm_enable_sleep_mode == train_grpo.VLLM_SLEEP
+
+
+def test_a_server_that_is_not_asked_is_a_mistake(with_vllm, tmp_path, capsys):
+    words = ["--use_cpu", "true", "--output_dir", str(tmp_path / "run")]
+    assert "no effect with USE_VLLM = False" in refused(capsys, *words, "--vllm_mode", "server", "--use_vllm", "false")
+    assert "without --vllm_mode server" in refused(capsys, *words, "--vllm_server_host", "10.0.0.2")
 
 
 # ---- held-out accuracy, alarms
@@ -236,14 +270,38 @@ def test_master_weights_are_fp32_under_bf16_compute_whatever_the_checkpoint_hold
     assert re.search(r"step 1/1 .* KL \S+", done.stdout)
 
 
-def test_lora_saves_an_adapter_that_evaluate_loads(policy, data, tmp_path):
-    run = tmp_path / "run"
-    done = start("train_grpo.py", *flags(policy, data, run, use_peft="true", lora_r="4", max_steps="1"))
+@pytest.mark.parametrize("quantized", [False, True], ids=["LoRA", "QLoRA"])
+def test_an_adapter_is_saved_evaluated_merged_and_resumed(quantized, policy, data, tmp_path):
+    import shutil
+
+    from peft import AutoPeftModelForCausalLM
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    if quantized:
+        pytest.importorskip("bitsandbytes")
+    run, again, merged = tmp_path / "run", tmp_path / "again", tmp_path / "merged"
+    words = {"use_peft": "true", "lora_r": "4", "eval_steps": "0", "bf16": str(quantized).lower()}
+    words["load_in_4bit"] = str(quantized).lower()
+    done = start("train_grpo.py", *flags(policy, data, run, **words))
     assert done.returncode == 0, done.stderr[-4000:]
-    assert (run / "adapter_model.safetensors").is_file()
+    assert "AdamW states float32" in done.stdout, "small updates round away in less"
     assert not (run / "model.safetensors").exists()
-    done = start("evaluate.py", run, "--limit", 2)
+    adapter = load_file(run / "adapter_model.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name), "it has learned"
+
+    shutil.copytree(run, again, ignore=shutil.ignore_patterns("checkpoint-4"))
+    (again / "adapter_model.safetensors").unlink()
+    done = start("train_grpo.py", *flags(policy, data, again, **words, resume_from_checkpoint="auto"))
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "resuming after step 2" in done.stdout
+    assert identical(adapter, load_file(again / "adapter_model.safetensors"))
+
+    AutoPeftModelForCausalLM.from_pretrained(run).merge_and_unload().save_pretrained(merged)
+    AutoTokenizer.from_pretrained(run).save_pretrained(merged)
+    for folder in (run, merged):
+        done = start("evaluate.py", folder, "--dataset_name", data, "--limit", 2)
+        assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_a_config_file_overrides_constants_and_flags_override_it(tmp_path):
@@ -300,6 +358,11 @@ MISTAKES = [
     (["--auto_find_batch_size", "true"], ["PER_DEVICE_BATCH_SIZE"], "the batch is the user's"),
     (["--enable_jit_checkpoint", "true"], ["SIGTERM"], "two that save on a signal"),
     (["--save_only_model", "true"], ["could not be resumed"], "half a checkpoint"),
+    (["--lora_r", "8"], ["--lora_r has no effect without --use_peft true"], "a rank of no adapter"),
+    (["--load_in_4bit", "true"], ["--use_peft true"], "4-bit weights cannot be trained"),
+    (["--load_in_8bit", "true"], ["--load_in_4bit"], "not covered"),
+    (["--vllm_mode", "server"], ["USE_VLLM"], "a vLLM server without vLLM"),
+    (["--vllm_server_port", "8001"], ["--vllm_mode server"], "a server that nobody asks"),
     (["--model_name_or_path", "./\x1b[2Jx"], [r"\x1b[2Jx"], "nothing drives the terminal"),
 ]
 
