@@ -1,0 +1,338 @@
+"""Seconds a GRPO step takes, and where they go, for named settings that take turns in one run.
+
+    python benchmarks/step_time.py --model 1.5B                     # a GPU: Qwen2.5's shape with random weights
+    python benchmarks/step_time.py --model 1.5B --settings recipe vllm lora checkpointing
+    python benchmarks/step_time.py --model demo --use_cpu --no-bf16 --completion_length 48          # minutes
+    python benchmarks/step_time.py --model models/SmolLM2-135M-Instruct --use_cpu --completion_length 64
+
+Every setting makes 64 completions a step under one length limit. Each measurement is a process of its own, so that
+its peak is its own; its first step is not counted. Prints a table for Markdown: medians over the rounds, the ratio to
+the first setting with its smallest and largest round, the share of the recipe's own code (rewards and callbacks), and
+how far generation and update are from their floors.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+COMPLETIONS = 64  # a step: the recipe's own constants
+ORIGINAL = {  # the widely copied gist: bf16 weights, KL to a reference model, and each 16 completions generated alone
+    "dtype": "bfloat16",
+    "beta": "0.04",
+    "loss_type": "grpo",
+    "steps_per_generation": "1",
+    "gradient_checkpointing": "false",
+    "use_vllm": "false",
+}
+SETTINGS = {
+    "original": ORIGINAL,
+    "recipe": {},
+    "bare": {},  # the recipe's settings in a plain GRPOTrainer: no samples, lines, curves or safeguards
+    "transformers": {"use_vllm": "false"},
+    "vllm": {"use_vllm": "true"},
+    "vllm-sleeping": {"use_vllm": "true", "vllm_enable_sleep_mode": "true"},
+    "checkpointing": {"gradient_checkpointing": "true"},
+    "bf16-weights": {"dtype": "bfloat16"},
+    "reference": {"beta": "0.04"},
+    "four-generations": {"steps_per_generation": "1"},
+    "small-passes": {"per_device_train_batch_size": "4", "gradient_accumulation_steps": "16"},
+    "lora": {"use_peft": "true"},
+    "lora-bf16-base": {"use_peft": "true", "dtype": "bfloat16"},
+    "qlora": {"use_peft": "true", "load_in_4bit": "true"},
+    "eager-attention": {"attn_implementation": "eager"},
+    "unfused-adamw": {"optim": "adamw_torch"},
+    "tf32": {"tf32": "true"},
+    "one-autocast": {},  # bf16 copies of the weights are kept for a whole generation instead of cast at every token
+}
+
+
+# ---- one measurement
+
+
+def measure(name: str, args) -> dict:
+    """Train a few steps; seconds and tokens of each but the first."""
+    import torch
+
+    import train_grpo
+
+    words = {
+        "model_name_or_path": str(args.folder),
+        "dataset_name": str(args.dataset),
+        "output_dir": str(args.out / f"run-{os.getpid()}"),
+        "use_cpu": str(args.use_cpu).lower(),
+        "max_completion_length": str(args.completion_length),
+        "max_steps": str(args.steps + 1),
+        "save_strategy": "no",
+        "eval_steps": "0",
+        **SETTINGS[name],
+    }
+    words.setdefault("bf16", str(args.bf16).lower())
+    recipe, config, model_config = train_grpo.read_settings([w for k, v in words.items() for w in (f"--{k}", v)])
+    tokenizer, samples = _load(recipe, config, model_config)
+    train_grpo.fit_memory(recipe, config, model_config)
+    build = _bare if name in ("original", "bare") else train_grpo.build_trainer
+    trainer = build(recipe, config, model_config, tokenizer, samples, model_config.model_name_or_path)
+    if build is train_grpo.build_trainer:
+        train_grpo.protect(trainer)
+    if name == "one-autocast":
+        trainer._generate_single_turn = trainer.accelerator.autocast()(trainer._generate_single_turn)
+    clock = _clock(trainer)
+    trainer.train()
+    is_cuda = config.device.type == "cuda"
+    return {
+        **{key: [row[key] for row in clock.steps[1:]] for key in clock.steps[0]},
+        "generations_a_step": config.gradient_accumulation_steps // config.steps_per_generation,
+        "batch": config.per_device_train_batch_size,
+        "checkpointing": bool(config.gradient_checkpointing),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "peak_bytes": torch.cuda.max_memory_allocated()
+        if is_cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "device": torch.cuda.get_device_name() if is_cuda else f"{os.cpu_count()} CPU cores",
+    }
+
+
+def _load(recipe, config, model_config):
+    import train_grpo
+    from gsm8k import load_tokenizer
+
+    tokenizer = load_tokenizer(model_config.model_name_or_path)
+    return tokenizer, train_grpo.load_samples(recipe, config, tokenizer)[0]
+
+
+def _bare(recipe, config, model_config, tokenizer, samples, policy):
+    from datasets import Dataset
+    from trl import GRPOTrainer, get_peft_config
+
+    from rewards import REWARD_FUNCS
+
+    dataset = Dataset.from_list(samples).select_columns(["prompt", "answer"])
+    return GRPOTrainer(
+        policy,
+        REWARD_FUNCS,
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_config),
+    )
+
+
+def _clock(trainer):
+    """Time the trainer's generation, its scoring and the whole step."""
+    import torch
+    from transformers import TrainerCallback
+
+    def now():
+        if trainer.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.steps = []
+
+        def on_train_begin(self, *args, **kwargs):
+            self.begun, self.row = (
+                now(),
+                dict.fromkeys(("generation", "scoring", "callbacks", "tokens", "longest", "read"), 0),
+            )
+
+        def on_step_end(self, *args, **kwargs):  # the last callback: a step ends with the line of the one before
+            seconds = now() - self.begun
+            rest = seconds - sum(self.row[key] for key in ("generation", "scoring", "callbacks"))
+            self.steps.append({"step": seconds, "update": rest, **self.row})
+            self.on_train_begin()
+
+    clock = Clock()
+
+    def timed(owner, name, key, count=None):
+        method = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            start = now()
+            result = method(*args, **kwargs)
+            clock.row[key] += now() - start
+            if count:
+                count(*args, result)
+            return result
+
+        setattr(owner, name, wrapper)
+
+    def count(prompts, *rest):
+        completions = rest[-1][0]
+        clock.row["tokens"] += sum(map(len, completions))
+        clock.row["longest"] += max(map(len, completions))  # decode steps: a batch lasts as long as its longest
+        clock.row["read"] += sum(map(len, prompts)) + sum(map(len, completions))
+
+    timed(trainer, "_generate_single_turn", "generation", count)
+    timed(trainer, "_calculate_rewards", "scoring")
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__module__ in ("safeguards", "record", "curves"):
+            for event in ("on_step_begin", "on_pre_optimizer_step", "on_substep_end", "on_step_end", "on_log"):
+                timed(callback, event, "callbacks")
+    trainer.add_callback(clock)
+    return clock
+
+
+# ---- floors
+
+
+def machine(use_cpu: bool) -> dict:
+    """Memory bandwidth (bytes read and written a second by a copy) and bf16 matrix throughput (operations a second)."""
+    import torch
+
+    device = torch.device("cpu" if use_cpu else "cuda")
+    size = 2048 if use_cpu else 8192
+    source = torch.ones(1 << (28 if use_cpu else 32), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    matrix = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+
+    def best(call, repeats=10):
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            if not use_cpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return {
+        "bandwidth": 2 * source.numel() / best(lambda: target.copy_(source)),
+        "throughput": 2 * size**3 / best(lambda: matrix @ matrix),
+    }
+
+
+def floors(result: dict, speeds: dict) -> dict:
+    """The least seconds a step: decoding reads the bf16 weights once a decode step, or computes with them for every
+    completion where that takes longer; the update computes 6 operations a parameter and token, 8 with recomputation."""
+    parameters = result["parameters"]
+    operations = (8 if result["checkpointing"] else 6) * parameters
+    per_token = 2 * parameters / speeds["throughput"]
+    read = 2 * parameters / speeds["bandwidth"]
+    return {
+        "generation": max(median(result["longest"]) * read, median(result["tokens"]) * per_token),
+        "update": median(result["read"]) * operations / speeds["throughput"],
+    }
+
+
+# ---- all of them
+
+
+def prepare(args) -> None:
+    """Fill in the model's folder and the problems; a shape gets random weights and the demo's tokenizer."""
+    import torch
+
+    import demo
+    from benchmarks.gpu_memory import SHAPES, shaped
+    from gsm8k import load_problems
+
+    if args.dataset is None:
+        args.dataset = args.out / "problems"
+        demo.write_problems(args.dataset)
+    if args.model == "demo":
+        demo.prepare(str(args.out / "demo"), 42, args.use_cpu, fresh=False)
+        args.folder = args.out / "demo" / "taught-42"
+    elif args.model in SHAPES:
+        args.folder = args.out / f"random-{args.model}"
+        if not (args.folder / "config.json").is_file():
+            torch.manual_seed(0)
+            model = shaped(args.model).to(torch.bfloat16).to_empty(device="cpu")
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+            tokenizer = demo._train_tokenizer(load_problems(str(args.dataset), None, "train")[0])
+            model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+            model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+            tokenizer.save_pretrained(args.folder)
+            model.save_pretrained(args.folder)
+    else:
+        args.folder = Path(args.model)
+
+
+def table(rounds: list[dict[str, dict]], speeds: dict) -> str:
+    names = list(rounds[0])
+    lines = [
+        "| setting | s a step | times faster | completions/s | tokens/s | generation | update | own code | peak GB "
+        "| generation / floor | update / floor |",
+        "|---" * 11 + "|",
+    ]
+    for name in names:
+        results = [each[name] for each in rounds]
+        steps = [median(result["step"]) for result in results]
+        first = [median(each[names[0]]["step"]) for each in rounds]
+        ratios = sorted(a / b for a, b in zip(first, steps, strict=True))
+        part = {k: median(median(r[k]) for r in results) for k in ("step", "generation", "update", "tokens")}
+        own = median(median(map(sum, zip(r["scoring"], r["callbacks"], strict=True))) for r in results)
+        floor, seconds = floors(results[-1], speeds), part["step"]
+        cells = [
+            name,
+            f"{seconds:.2f}",
+            f"{median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
+            f"{COMPLETIONS / seconds:.1f}",
+            f"{part['tokens'] / seconds:,.0f}",
+            *(f"{seen / seconds:.1%}" for seen in (part["generation"], part["update"], own)),
+            f"{max(result['peak_bytes'] for result in results) / 1e9:.1f}",
+            *(f"{part[k] / floor[k]:.1f}" for k in ("generation", "update")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="1.5B", help="0.5B, 1.5B, 3B, 7B (random weights), demo, or a folder")
+    parser.add_argument("--settings", nargs="+", default=["original", "recipe"], choices=SETTINGS, metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each setting has its turn")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps a turn, after one that is not")
+    parser.add_argument("--completion_length", type=int, default=512, help="limit in tokens")
+    parser.add_argument("--dataset", type=Path, help="folder with train.jsonl; the demo's problems where left out")
+    parser.add_argument("--use_cpu", action="store_true")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path, default=Path("outputs/step_time"))
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        args.folder = Path(args.model)
+        print("MEASURED " + json.dumps(measure(args.measure, args)))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    prepare(args)
+    speeds = machine(args.use_cpu)
+    print(f"copy {speeds['bandwidth'] / 1e9:,.0f} GB/s, bf16 matrices {speeds['throughput'] / 1e12:,.2f} TFLOP/s")
+    rounds = []
+    for number in range(args.rounds):
+        rounds.append({})
+        for name in args.settings:
+            rounds[-1][name] = result = _in_a_process(name, args)
+            print(f"round {number + 1}  {name:<16} {median(result['step']):8.2f} s a step", flush=True)
+        (args.out / "step_time.json").write_text(json.dumps({"machine": speeds, "rounds": rounds}, indent=1) + "\n")
+    print(
+        f"\n{args.model}, {result['device']}, {COMPLETIONS} completions of at most {args.completion_length} tokens, ",
+        end="",
+    )
+    print(f"{args.rounds} rounds of {args.steps} steps\n\n{table(rounds, speeds)}")
+
+
+def _in_a_process(name: str, args) -> dict:
+    words = ["--measure", name, "--model", args.folder, "--dataset", args.dataset, "--out", args.out]
+    words += ["--completion_length", args.completion_length, "--steps", args.steps]
+    words += (["--use_cpu"] if args.use_cpu else []) + ([] if args.bf16 else ["--no-bf16"])
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    done = subprocess.run([sys.executable, __file__, *map(str, words)], capture_output=True, text=True, env=environment)
+    for line in done.stdout.splitlines():
+        if line.startswith("MEASURED "):
+            return json.loads(line.removeprefix("MEASURED "))
+    sys.exit(f"{name} could not be measured (status {done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+if __name__ == "__main__":
+    main()
