@@ -63,6 +63,7 @@ def measure(name: str, args) -> dict:
     import torch
 
     import train_grpo
+    from memory import device_memory, gpu_memory, needed
 
     words = {
         "model_name_or_path": str(args.folder),
@@ -88,6 +89,7 @@ def measure(name: str, args) -> dict:
     clock = _clock(trainer)
     trainer.train()
     is_cuda = config.device.type == "cuda"
+    parts = gpu_memory(trainer.model, config, recipe.max_prompt_length)
     return {
         **{key: [row[key] for row in clock.steps[1:]] for key in clock.steps[0]},
         "generations_a_step": config.gradient_accumulation_steps // config.steps_per_generation,
@@ -97,6 +99,7 @@ def measure(name: str, args) -> dict:
         "peak_bytes": torch.cuda.max_memory_allocated()
         if is_cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "computed_bytes": needed(parts, config, device_memory(config.device)) if is_cuda else None,
         "device": torch.cuda.get_device_name() if is_cuda else f"{os.cpu_count()} CPU cores",
     }
 
@@ -261,8 +264,8 @@ def prepare(args) -> None:
 def table(rounds: list[dict[str, dict]], speeds: dict) -> str:
     names = list(rounds[0])
     lines = [
-        "| setting | s a step | times faster | completions/s | tokens/s | generation | update | own code | peak GB "
-        "| generation / floor | update / floor |",
+        "| setting | s a step | times faster | completions/s | tokens/s | generation | update | own code "
+        "| peak GB (computed) | generation / floor | update / floor |",
         "|---" * 11 + "|",
     ]
     for name in names:
@@ -280,7 +283,8 @@ def table(rounds: list[dict[str, dict]], speeds: dict) -> str:
             f"{COMPLETIONS / seconds:.1f}",
             f"{part['tokens'] / seconds:,.0f}",
             *(f"{seen / seconds:.1%}" for seen in (part["generation"], part["update"], own)),
-            f"{max(result['peak_bytes'] for result in results) / 1e9:.1f}",
+            f"{max(result['peak_bytes'] for result in results) / 1e9:.1f}"
+            + (f" ({results[0]['computed_bytes'] / 1e9:.1f})" if results[0]["computed_bytes"] else ""),
             *(f"{part[k] / floor[k]:.1f}" for k in ("generation", "update")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
