@@ -20,6 +20,7 @@ from pathlib import Path
 
 from evaluate import complete, load_policy, score
 from gsm8k import BadInput, to_prompt
+from processes import count, is_main, on_main, wait
 from record import printable, recorded, write_whole
 from rewards import XML_COT_FORMAT, is_strict_format
 from safeguards import (
@@ -30,6 +31,7 @@ from safeguards import (
     faults_explained,
     newest_whole,
     protect,
+    save_policy,
 )
 
 FOLDER = "cold-start"
@@ -155,11 +157,11 @@ def prepare(recipe, config, model_config, tokenizer, samples: list[dict], facts:
     if (folder / "done.json").is_file():
         _check_settings(folder, recipe, config, model_config)
     else:
-        examples = _examples(folder, recipe, config, model_config, tokenizer, samples)
+        examples = on_main(_examples, folder, recipe, config, model_config, tokenizer, samples)
         trainer = build_trainer(folder, examples, recipe, config, model_config, tokenizer)
         with recorded(Path(config.output_dir), done="cold start finished", **facts):
-            folder.mkdir(exist_ok=True)
-            if not (folder / "examples.jsonl").is_file():
+            folder.mkdir(exist_ok=True, parents=True)
+            if is_main() and not (folder / "examples.jsonl").is_file():
                 write_whole(folder / "examples.jsonl", "".join(json.dumps(example) + "\n" for example in examples))
             teach(trainer, folder, _settings(recipe, config, model_config), config)
         del trainer  # its weights and optimizer, before GRPO's
@@ -219,11 +221,14 @@ def build_trainer(folder: Path, examples: list[dict], recipe, config, model_conf
 
     print(f"cold start: {len(examples):,} examples, source {recipe.cold_start_source!r}. The first:")
     print(printable(_text(examples[0])))
+    share = recipe.cold_start_batch_size // count()
+    size = max(n for n in range(1, share + 1) if share % n == 0 and n <= config.per_device_train_batch_size)
     disable_progress_bars()  # four of them for a second's work
     args = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=recipe.cold_start_epochs,
-        per_device_train_batch_size=recipe.cold_start_batch_size,
+        per_device_train_batch_size=size,  # as many at a time as GRPO, for which memory was computed
+        gradient_accumulation_steps=share // size,
         learning_rate=recipe.cold_start_learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
@@ -231,9 +236,7 @@ def build_trainer(folder: Path, examples: list[dict], recipe, config, model_conf
         max_length=None,  # prompts are limited already; a solution that is cut would teach to stop in the middle
         model_init_kwargs=config.model_init_kwargs,
         trust_remote_code=config.trust_remote_code,
-        # which is settled for GRPO's passes, and these may be larger
-        gradient_checkpointing=config.gradient_checkpointing
-        or recipe.cold_start_batch_size > config.per_device_train_batch_size,
+        gradient_checkpointing=config.gradient_checkpointing,
         bf16=config.bf16,
         fp16=config.fp16,
         use_cpu=config.use_cpu,
@@ -258,9 +261,18 @@ def build_trainer(folder: Path, examples: list[dict], recipe, config, model_conf
     except (OSError, ValueError, ImportError) as error:
         name = model_config.model_name_or_path
         raise BadInput(f"the cold start cannot be built for model {name!r}: {str(error).strip()}") from error
+    if model_config.load_in_4bit:
+        keep_in_fp32(trainer.model)
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     return trainer
+
+
+def keep_in_fp32(model) -> None:
+    """Cast what is trained to fp32: TRL casts the adapter of a 4-bit model to bf16, where small updates round away."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def teach(trainer, folder: Path, settings: dict, config) -> None:
@@ -283,12 +295,14 @@ def teach(trainer, folder: Path, settings: dict, config) -> None:
     with guard.listening(), faults_explained(config, remedies):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         guard.end()
-        trainer.save_model()
-        done = {"settings": settings, "log": trainer.state.log_history}
-        write_whole(folder / "done.json", json.dumps(done, indent=2) + "\n")
+        save_policy(trainer)
+        if is_main():
+            done = {"settings": settings, "log": trainer.state.log_history}
+            write_whole(folder / "done.json", json.dumps(done, indent=2) + "\n")
         guard.end(more_follows=True)
-    for path in checkpoints(folder):
+    for path in checkpoints(folder) if is_main() else ():
         shutil.rmtree(path)
+    wait()
 
 
 def load_adapter(folder: Path, config, model_config):
@@ -299,6 +313,8 @@ def load_adapter(folder: Path, config, model_config):
 
     quantization = get_quantization_config(model_config)
     options = {**config.model_init_kwargs, **({"quantization_config": quantization} if quantization else {})}
+    if count() > 1:  # each process has a copy on its own device, instead of parts on all
+        options["device_map"] = None
     model = create_model_from_path(
         model_config.model_name_or_path, trust_remote_code=config.trust_remote_code, **options
     )

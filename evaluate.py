@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gsm8k import BadInput, expand, load_problems, load_tokenizer, to_prompt
+from processes import count, gathered, rank
 from record import printable, read_run, set_aside, write_whole
 from rewards import SYSTEM_PROMPT, extract_xml_answer, is_strict_format, reflects, same_number
 from safeguards import VLLM_VERSIONS, checkpoints, vllm_obstacle
@@ -368,25 +369,38 @@ def held_out_callback(trainer, tokenizer, task: Task, problems: list[dict], ever
     """Measure the policy in training greedily on `problems`: before the first step, every `every` steps and after the
     last. Logged as `eval_strict_accuracy` and so on.
 
-    Training does not feel it: weights, random state and generation settings are left as they were.
+    Training does not feel it: weights, random state and generation settings are left as they were. Several processes
+    share the problems.
     """
     import torch
     from transformers import Trainer, TrainerCallback
+    from trl.models import unwrap_model_for_generation
 
     prompts = [task.prompt(problem["question"]) for problem in problems]
+    # as many for each process, some twice: a sharded policy generates on all of them or on none
+    share = [(rank() + count() * i) % len(prompts) for i in range(-(-len(prompts) // count()))]
 
     def measure() -> None:
-        policy, on = trainer.model, trainer.args.device
-        settings = policy.generation_config
-        policy.eval()
-        with torch.random.fork_rng(devices=[on] if on.type == "cuda" else []):
-            length, kwargs = task.max_completion_length, task.chat_template_kwargs
-            completions = complete(policy, tokenizer, prompts, length, BATCH_SIZE, kwargs, progress=False)
-        policy.generation_config = settings
-        rows = [score(i, *pair) for i, pair in enumerate(zip(problems, completions, strict=True))]
+        on = trainer.args.device
+        length, kwargs = task.max_completion_length, task.chat_template_kwargs
+        with (
+            torch.random.fork_rng(devices=[on] if on.type == "cuda" else []),
+            unwrap_model_for_generation(
+                trainer.model_wrapped,
+                trainer.accelerator,
+                gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+            ) as policy,
+        ):
+            settings = policy.generation_config
+            policy.eval()
+            mine = complete(policy, tokenizer, [prompts[i] for i in share], length, BATCH_SIZE, kwargs, progress=False)
+            policy.generation_config = settings
+            policy.train()
+        completions = dict(pair for pairs in gathered(list(zip(share, mine, strict=True))) for pair in pairs)
+        rows = [score(i, problem, completions[i]) for i, problem in enumerate(problems)]
         report = {f"eval_{key}": value for key, value in summarize(rows).items() if key != "strict_ci95"}
         Trainer.log(trainer, report)  # TRL's own log would empty its buffer of training metrics into this
-        policy.train()
 
     class HeldOut(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -523,6 +537,8 @@ def run(flags: argparse.Namespace, task: Task) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    if count() > 1:
+        sys.exit("evaluate.py runs in one process: start it with python")
     flags, task = parse_flags(argv)
     try:
         if flags.ask is not None:

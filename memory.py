@@ -22,7 +22,8 @@ def gpu_memory(model, args, prompt_length: int, quantized: bool = False) -> dict
         quantized: count the linear layers' frozen weights as 4-bit ones, for a model that isn't loaded in 4 bits.
 
     Returns:
-        `weights`, `gradients`, `optimizer`, `reference` (all held throughout), `casts` (bf16 copies of fp32 weights),
+        `weights`, `gradients`, `optimizer`, `reference`, `buckets` (DDP's copy of the gradients, with several
+        processes; all of these are held throughout), `casts` (bf16 copies of fp32 weights),
         `activations` (one forward and backward pass) and `cache` (keys and values of one generation by Transformers).
     """
     weights = sum(_bytes(name, p, quantized) for name, p in model.named_parameters())
@@ -35,6 +36,7 @@ def gpu_memory(model, args, prompt_length: int, quantized: bool = False) -> dict
         "gradients": gradients,
         "optimizer": 2 * gradients,
         "reference": int(weights) if args.beta and not is_lora else 0,
+        "buckets": gradients if args.world_size > 1 else 0,
         "casts": 2 * sum(p.numel() for p in matrices) if half and not quantized else 0,
         "activations": _activations(model.config, args, prompt_length),
         "cache": 0 if args.use_vllm else _cache(model.config, args, prompt_length),
@@ -48,7 +50,7 @@ def size(parameters) -> int:
 
 def held(parts: dict[str, int]) -> int:
     """What is held throughout the run."""
-    return sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference"))
+    return sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference", "buckets"))
 
 
 def peak(parts: dict[str, int], vllm: int = 0, vllm_sleeps: bool = False) -> int:
@@ -115,7 +117,9 @@ def fit(model, args, prompt_length: int, total: int, quantized: bool = False, sm
         trial = copy(args)
         trial.per_device_train_batch_size, trial.gradient_checkpointing = size, checkpointing
         if needed(gpu_memory(model, trial, prompt_length, quantized), trial, total) <= USABLE * total:
-            break  # else the smallest, and the check before training says that it may not fit
+            break
+    else:  # smaller passes are no cure: the check before training names some
+        size = batch
     args.per_device_train_batch_size, args.gradient_checkpointing = size, checkpointing
     args.gradient_accumulation_steps *= batch // size
     args.steps_per_generation *= batch // size

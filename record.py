@@ -15,6 +15,7 @@ from statistics import mean
 
 from gsm8k import BadInput
 from memory import device_memory, gpu_memory, needed
+from processes import count, is_main, is_sharded
 from rewards import REWARD_FUNCS, completion_text, extract_xml_answer
 
 NO_SIGNAL_STEPS = 10
@@ -82,6 +83,9 @@ def recorded(folder: Path, done: str = "finished", **facts):
 
     A resumed run keeps its earlier starts under `earlier`.
     """
+    if not is_main():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     before = read_run(folder) if (folder / "run.json").is_file() else None
     run = {
@@ -89,6 +93,7 @@ def recorded(folder: Path, done: str = "finished", **facts):
         "command": _command(),
         "started": _now(),
         "ended": None,
+        "processes": count(),
         **facts,
         "versions": _versions(),
         "commit": _commit(),
@@ -125,7 +130,15 @@ def _command() -> list[str]:
             words[i] = "--hub_token=..."
         elif i and words[i - 1] in ("--hub_token", "--hub-token"):
             words[i] = "..."
-    return ["python", *words]
+    return [*launch(), *words]
+
+
+def launch() -> list[str]:
+    """How this run was started; the launcher's other flags are not known here."""
+    if count() == 1:
+        return ["python"]
+    how = ["--config_file", "YOURS"] if is_sharded() else ["--multi_gpu"]
+    return ["accelerate", "launch", *how, "--num_processes", str(count())]
 
 
 def _now() -> str:
@@ -178,7 +191,7 @@ def plan(trainer, max_steps: int, start_step: int, model: str, why_not_vllm: str
     lines = {
         "policy": f"{model}, {_millions(policy.parameters())} parameters, {_millions(trained)} of them trained",
         "precision": f"weights {weights}, compute {compute}, AdamW states {_name(trained[0].dtype)}",
-        "device": device_name(args.device),
+        "device": (f"{args.world_size} processes, on " if args.world_size > 1 else "") + device_name(args.device),
         **({"memory": _memory(trainer, prompt_length)} if args.device.type == "cuda" else {}),
         "generation": f"{backend}, {args.generation_batch_size} completions at a time, "
         f"at most {args.max_completion_length} tokens each",
@@ -195,6 +208,8 @@ def plan(trainer, max_steps: int, start_step: int, model: str, why_not_vllm: str
 
 def _memory(trainer, prompt_length: int) -> str:
     args, total = trainer.args, device_memory(trainer.args.device)
+    if is_sharded():
+        return f"of {total / 1e9:.0f} GB; the need of a sharded policy is not computed"
     most = needed(gpu_memory(trainer.model, args, prompt_length), args, total)
     is_colocated = args.use_vllm and args.vllm_mode == "colocate"
     share = f", vLLM's share of {args.vllm_gpu_memory_utilization:.0%} included" if is_colocated else ""

@@ -18,11 +18,13 @@ from math import isfinite
 from pathlib import Path
 
 from gsm8k import is_path
-from memory import device_memory, gpu_memory, held, needed, size
-from record import generation_cycle, read_run
+from memory import USABLE, device_memory, gpu_memory, held, needed, size
+from processes import count, gathered, is_main, is_sharded, on_main, wait
+from record import generation_cycle, launch, read_run
 
 RUN_FILES = ("run.json", "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")
 VLLM_VERSIONS = ("0.22.0", "0.31.0")  # lowest and highest that TRL 1.16 supports
+SHARDS = ("latest", "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin")  # in a checkpoint by DeepSpeed, and by FSDP
 LOCK = ".lock"
 SCRATCH = ".saving"  # in OUTPUT_DIR: where a checkpoint is until it is whole, and where an old one goes to be deleted
 
@@ -60,8 +62,11 @@ def flaw(checkpoint: Path) -> str | None:
         return "trainer_state.json is missing"
     except (ValueError, KeyError, TypeError):
         return "trainer_state.json is damaged"
-    random_states = [path.name for path in checkpoint.glob("rng_state*.pth")]
-    for name in ("optimizer.pt", "scheduler.pt", *(random_states or ["rng_state.pth"])):
+    processes = len(list(checkpoint.glob("rng_state_*.pth")))
+    random_states = [f"rng_state_{rank}.pth" for rank in range(processes)] or ["rng_state.pth"]
+    if any((checkpoint / name).exists() for name in SHARDS):  # their loaders object to what is missing of them
+        return next((f"{name} is missing" for name in random_states if not (checkpoint / name).is_file()), None)
+    for name in ("optimizer.pt", "scheduler.pt", *random_states):
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if not zipfile.is_zipfile(checkpoint / name):  # what torch.save writes; a truncated one has lost its directory
@@ -109,7 +114,13 @@ def is_finished(checkpoint: str | Path, trainer) -> bool:
 
 def finish(checkpoint: Path, output_dir: Path) -> None:
     """Put the policy of a run's last checkpoint into its folder, for a run that died after its last step."""
-    only_to_resume = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+    if wrong := _weights_flaw(checkpoint):
+        raise RunStopped(
+            f"{checkpoint} is the run's last step, and {wrong}: its shards have to be put together by hand"
+        )
+    states = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+    shards = ("latest", "global_step*", "zero_to_fp32.py", "pytorch_model_fsdp*")
+    only_to_resume = shutil.ignore_patterns(*states, *shards)
     shutil.copytree(checkpoint, output_dir, ignore=only_to_resume, dirs_exist_ok=True)
 
 
@@ -119,7 +130,8 @@ HARMLESS = re.compile(
     r"output_dir|resume_from_checkpoint|allow_changed_settings|sample_every|log_.*|logging_.*|save_.*|eval_.*|do_.*"
     r"|hub_.*|push_to_hub|report_to|run_name|project|trackio_.*|disable_tqdm|num_completions_to_print"
     r"|gradient_checkpointing.*|dataset_test_split|vllm_gpu_memory_utilization|vllm_enable_sleep_mode|vllm_server_.*"
-    r"|torch_empty_cache_steps|skip_memory_metrics|local_rank|ddp_.*"
+    r"|torch_empty_cache_steps|skip_memory_metrics|local_rank|ddp_.*|fit_memory|per_device_train_batch_size"
+    r"|train_batch_size"
 )
 
 
@@ -143,6 +155,13 @@ def find_checkpoint(config, description: dict, allow_changes: bool) -> str | Non
     run = read_run(Path(chosen))
     if "settings" not in run:
         print(f"{chosen}: no run.json beside it, so its settings are taken to be these")
+    was_sharded = any((Path(chosen) / name).exists() for name in SHARDS)
+    if was_sharded != is_sharded() and chosen != config.output_dir:
+        raise RunStopped(
+            f"{chosen} was saved by a run that {'shards' if was_sharded else 'does not shard'} the policy, unlike this "
+            "one: give accelerate launch the flags of the run's first start",
+            status=2,
+        )
     changes = changed_settings(run, description)
     if changes and not allow_changes:
         listed = "".join(f"\n  - {change}" for change in changes)
@@ -166,6 +185,9 @@ def changed_settings(run: dict, description: dict) -> list[str]:
     before = {**run["settings"], "SYSTEM_PROMPT": run.get("system_prompt")}
     after = json.loads(json.dumps(description["settings"], default=str))
     after["SYSTEM_PROMPT"] = description["system_prompt"]
+    for settings, processes in ((before, run.get("processes", 1)), (after, count())):
+        for name in ("gradient_accumulation_steps", "steps_per_generation"):  # how completions are split is no matter
+            settings[name] *= settings["per_device_train_batch_size"] * processes
     return differences(before, {name: value for name, value in after.items() if not HARMLESS.fullmatch(name)})
 
 
@@ -173,6 +195,18 @@ def differences(before: dict, after: dict) -> list[str]:
     """What both know and do not agree on: a line each, old -> new."""
     names = [name for name in after if name in before and before[name] != after[name]]
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in names]
+
+
+def say_what_differs(checkpoint: str, args) -> None:
+    """Say where a resumed run splits its completions otherwise than the run that saved, and so is not it to the bit."""
+    settings = read_run(Path(checkpoint)).get("settings", {})
+    processes, passes = max(1, len(list(Path(checkpoint).glob("rng_state_*.pth")))), args.per_device_train_batch_size
+    before = processes, settings.get("per_device_train_batch_size", passes)
+    if before != (count(), passes):
+        print(
+            f"{checkpoint} was saved by {processes} process(es) in passes of {before[1]}, and goes on with {count()} in "
+            f"passes of {passes}: sums round otherwise" + (", random states are new" if processes != count() else "")
+        )
 
 
 def check_problems(place: str | Path, fingerprint: str) -> None:
@@ -210,14 +244,15 @@ def _hardware(flags: argparse.Namespace) -> list[str]:
             "no CUDA GPU is visible, and the default run takes one with 40 GB or more. `python train_grpo.py --demo` "
             "shows the whole pipeline on any machine in minutes; `--use_cpu true` forces a real, slow run on the CPU"
         )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if is_sharded() and flags.use_cpu:
+        problems.append("accelerate shards on GPUs alone: with --use_cpu its FSDP and DeepSpeed flags would be ignored")
+    if count() > 1 and flags.demo:
+        problems.append("--demo is for one process: start it with python")
+    if count() == 1 and torch.cuda.device_count() > 1 and not flags.use_cpu:
+        gpus = torch.cuda.device_count()
         problems.append(
-            "several processes (WORLD_SIZE) are not supported yet: start train_grpo.py with python, on one GPU"
-        )
-    elif torch.cuda.device_count() > 1 and not flags.use_cpu:
-        problems.append(
-            f"{torch.cuda.device_count()} GPUs are visible, and this recipe uses one: show it one with "
-            "CUDA_VISIBLE_DEVICES=0"
+            f"{gpus} GPUs are visible, and python starts one process: `accelerate launch --multi_gpu --num_processes "
+            f"{gpus} train_grpo.py` uses them all, CUDA_VISIBLE_DEVICES=0 shows one"
         )
     computes_in_bf16 = flags.bf16 and torch.cuda.is_available() and not flags.use_cpu
     if computes_in_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -312,6 +347,11 @@ def _sizes(flags: argparse.Namespace) -> list[str]:
         problems.append(f"SAMPLE_EVERY (--sample_every) is {flags.sample_every}; 0 turns samples off")
     if flags.eval_steps < 0 or flags.eval_steps != int(flags.eval_steps):
         problems.append(f"EVAL_STEPS (--eval_steps) is {flags.eval_steps}; it must be a whole number, 0 turns it off")
+    if flags.cold_start_examples > 0 and flags.cold_start_batch_size % count():
+        problems.append(
+            f"COLD_START_BATCH_SIZE (--cold_start_batch_size) is {flags.cold_start_batch_size}, which does not divide "
+            f"among {count()} processes"
+        )
     if flags.beta < 0:
         problems.append(f"BETA (--beta) is {flags.beta}; it must be 0 or above")
     if flags.max_steps != -1 and flags.max_steps < 1:
@@ -329,25 +369,38 @@ def _sizes(flags: argparse.Namespace) -> list[str]:
 
 
 def _groups(flags: argparse.Namespace) -> list[str]:
-    """Completions are generated together, for one step unless told otherwise, and must be whole groups."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    per_pass = flags.per_device_train_batch_size * processes
+    """Completions are generated together, for one step unless told otherwise, and must be whole groups. Several
+    processes share the passes of a step."""
+    batch, per_pass = flags.per_device_train_batch_size, flags.per_device_train_batch_size * count()
+    for flag, constant in (
+        ("gradient_accumulation_steps", "GRADIENT_ACCUMULATION_STEPS"),
+        ("steps_per_generation",) * 2,
+    ):
+        passes = getattr(flags, flag)
+        if passes is None or passes % count() == 0:
+            continue
+        share, left = divmod(batch * passes, count())
+        smaller = max((size for size in range(1, batch + 1) if share and share % size == 0), default=batch)
+        return [
+            f"PER_DEVICE_BATCH_SIZE {batch} x {constant} {passes} = {batch * passes} completions do not divide "
+            f"among {count()} processes"
+            + (f" in passes of {batch}: set {smaller} x {batch * passes // smaller}" if not left else "")
+        ]
     if flags.generation_batch_size is not None:
         generated, made_of = flags.generation_batch_size, "--generation_batch_size"
         if flags.steps_per_generation is not None:
             return ["--generation_batch_size and --steps_per_generation say the same thing; give one of them"]
         if generated < 1 or generated % per_pass:
             return [
-                f"--generation_batch_size is {generated}; it must be a multiple of PER_DEVICE_BATCH_SIZE {per_pass}"
+                f"--generation_batch_size is {generated}; it must be a multiple of PER_DEVICE_BATCH_SIZE x processes, "
+                f"{per_pass}"
             ]
     else:
         passes = flags.steps_per_generation or flags.gradient_accumulation_steps
-        generated = per_pass * passes
+        generated = batch * passes
         made_of = f"PER_DEVICE_BATCH_SIZE {flags.per_device_train_batch_size} x GRADIENT_ACCUMULATION_STEPS {passes}"
         if flags.steps_per_generation is not None:
             made_of = f"PER_DEVICE_BATCH_SIZE {flags.per_device_train_batch_size} x --steps_per_generation {passes}"
-        if processes > 1:
-            made_of += f" x {processes} processes"
     if generated % flags.num_generations == 0:
         return []
     return [
@@ -496,13 +549,16 @@ def _unused(flags: argparse.Namespace) -> list[str]:
 
 @contextmanager
 def locked(output_dir: str):
-    """Hold `output_dir` for this process; the lock ends with the process, however it ends.
+    """Hold `output_dir` for this run; the lock ends with the main process, however it ends.
 
     Raises:
         RunStopped: another run holds it, or it cannot be written to.
     """
     from filelock import FileLock, Timeout
 
+    if not is_main():
+        yield
+        return
     folder = Path(output_dir)
     is_new = not folder.exists()
     try:
@@ -586,7 +642,7 @@ def check_memory(trainer, prompt_length: int) -> None:
             f"weights, gradients and optimizer need {_size(kept)}, and the GPU has {_size(total)}. What needs less:"
             + remedies
         )
-    if most > total:
+    if most > USABLE * total:
         print(f"WARNING: the run may need {_size(most)} (computed), and the GPU has {_size(total)}:{remedies}")
 
 
@@ -634,6 +690,8 @@ def protect(trainer):
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             self.heard = signal.Signals(number)
+            if not is_main():
+                return
             message = f"\n{self.heard.name}: finishing this step, then saving; a second signal stops at once\n"
             os.write(2, message.encode())  # unlike print, safe in the middle of a print
 
@@ -651,14 +709,19 @@ def protect(trainer):
             for name, value in (("loss", trainer._tr_loss), ("gradient", gradient)):
                 # in fp16 the loss scaler meets infinite gradients as a matter of course, and skips those steps
                 if not torch.isfinite(value) and not (args.fp16 and name == "gradient"):
+                    # DeepSpeed has made its step by now
+                    weights = "" if trainer.is_deepspeed_enabled else "The weights were not changed; "
                     raise RunStopped(
-                        f"step {state.global_step + 1}: the {name} is {value.item()}. The weights were not changed; "
+                        f"step {state.global_step + 1}: the {name} is {value.item()}. {weights}"
                         f"{_kept(args.output_dir)}. Lower the learning rate (now {args.learning_rate:g}), or look "
                         "at the last samples for what came before"
                     )
 
         def on_step_end(self, args, state, control, **kwargs):
-            if self.heard and state.global_step % generation_cycle(args) == 0:
+            if state.global_step % generation_cycle(args):
+                return
+            self.heard = next(filter(None, gathered(self.heard)), None)  # all stop after the same step
+            if self.heard:
                 control.should_save = control.should_training_stop = True
 
         def end(self, more_follows: bool = False):
@@ -673,7 +736,8 @@ def protect(trainer):
                     outcome="stopped",
                 )
 
-    shutil.rmtree(Path(trainer.args.output_dir) / SCRATCH, ignore_errors=True)  # what a killed run left
+    if is_main():
+        shutil.rmtree(Path(trainer.args.output_dir) / SCRATCH, ignore_errors=True)  # what a killed run left
     trainer._save_checkpoint = functools.partial(_save_whole, trainer, trainer._save_checkpoint)
     trainer._load_from_checkpoint = functools.partial(_load_whole, trainer, trainer._load_from_checkpoint)
     guard = Guard()
@@ -698,7 +762,9 @@ def largest(tensors: list):
     """The largest absolute value in all of `tensors`, as a scalar tensor; not a number where one of them is not."""
     from torch.nn.utils import get_total_norm
 
-    return get_total_norm(tensors, norm_type=float("inf"))
+    held_here = [tensor for tensor in tensors if tensor.numel()]  # ZeRO-3 leaves empty ones where others hold them
+    norm = get_total_norm(held_here, norm_type=float("inf"))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a policy that FSDP shards
 
 
 def _check_weights(model, what: str) -> None:
@@ -707,7 +773,8 @@ def _check_weights(model, what: str) -> None:
 
 
 def _save_whole(trainer, save, model, trial) -> None:
-    """Let the trainer write its checkpoint in a hidden folder, and move it into place when it is whole.
+    """Let the trainer write its checkpoint in a hidden folder, and move it into place when it is whole: when every
+    process has written its part.
 
     Older whole checkpoints beyond SAVE_TOTAL_LIMIT go only then; damaged ones do not count, and stay.
     """
@@ -716,22 +783,29 @@ def _save_whole(trainer, save, model, trial) -> None:
     args, name = trainer.args, f"checkpoint-{trainer.state.global_step}"
     folder = Path(args.output_dir)
     scratch = folder / SCRATCH
-    is_there = (folder / name).is_dir() and flaw(folder / name) is None  # a signal and an epoch's end both ask for one
+    # a signal and an epoch's end both ask for one
+    is_there = on_main(lambda: (folder / name).is_dir() and flaw(folder / name) is None)
     _check_weights(model, f"the policy after step {trainer.state.global_step}")
     try:
         scratch.mkdir(exist_ok=True)
         if not is_there:
             args.output_dir = str(scratch)
             save(model, trial)
-            _flush(scratch / name)
-            trainer._finish_current_push()  # --push_to_hub uploads from there
-            if (folder / name).exists():  # damaged
-                (folder / name).rename(scratch / "damaged")
-            (scratch / name).rename(folder / name)
-        whole = [path for path in checkpoints(folder) if flaw(path) is None]
-        for old in whole[: -args.save_total_limit]:
-            old.rename(scratch / old.name)
+            wait()
+        if is_main():
+            if not is_there:
+                _flush(scratch / name)
+                trainer._finish_current_push()  # --push_to_hub uploads from there
+                if (folder / name).exists():  # damaged
+                    (folder / name).rename(scratch / "damaged")
+                (scratch / name).rename(folder / name)
+            whole = [path for path in checkpoints(folder) if flaw(path) is None]
+            for old in whole[: -args.save_total_limit]:
+                old.rename(scratch / old.name)
+        wait()
     except (OSError, RuntimeError, SafetensorError) as error:
+        if _is_of_a_peer(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise RunStopped(
             f"saving {name} failed: {reason} ({_size(shutil.disk_usage(folder).free)} free in {folder}). "
@@ -739,7 +813,8 @@ def _save_whole(trainer, save, model, trial) -> None:
         ) from error
     finally:
         args.output_dir = str(folder)
-        shutil.rmtree(scratch, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _load_whole(trainer, load, checkpoint: str, model=None) -> None:
@@ -759,6 +834,18 @@ def _flush(folder: Path) -> None:
         os.close(number)
 
 
+def _is_of_a_peer(error: Exception) -> bool:
+    """Whether this is how another process' end shows here."""
+    return count() > 1 and bool(re.search("onnection (closed|reset|refused)|NCCL|[gG]loo|Broken pipe", str(error)))
+
+
+def save_policy(trainer) -> None:
+    """Save the policy and its tokenizer in the run's folder: one ordinary folder, however checkpoints are sharded."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+
+
 def _kept(folder: str | Path) -> str:
     checkpoint, _ = newest_whole(folder)
     return f"{checkpoint} is the last whole checkpoint" if checkpoint else f"{folder} holds no whole checkpoint yet"
@@ -769,7 +856,7 @@ def _resume_command() -> str:
     for i, word in reversed(list(enumerate(words))):
         if re.fullmatch(r"--resume[_-]from[_-]checkpoint(=.*)?", word):
             del words[i : i + (1 if "=" in word else 2)]
-    return shlex.join(["python", *words, "--resume_from_checkpoint", "auto"])
+    return shlex.join([*launch(), *words, "--resume_from_checkpoint", "auto"])
 
 
 # ---- faults
@@ -802,6 +889,12 @@ def faults_explained(config, remedies: list[str] | None = None):
             f"space, then go on with\n  {_resume_command()}"
         ) from error
     except RuntimeError as error:
+        if _is_of_a_peer(error):
+            raise RunStopped(
+                f"another process of this run has ended, and says why itself, or cannot be reached "
+                f"({str(error).strip().partition(chr(10))[0]}). {_kept(config.output_dir)}. Go on with\n  "
+                f"{_resume_command()}"
+            ) from error
         if "probability tensor contains" not in str(error):
             raise
         raise RunStopped(

@@ -21,7 +21,9 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 from yaml import YAMLError
 
 import demo
+import processes
 from gsm8k import BadInput, expand
+from processes import on_main
 from record import printable, read_run
 from safeguards import (
     RunStopped,
@@ -36,6 +38,8 @@ from safeguards import (
     is_finished,
     locked,
     protect,
+    save_policy,
+    say_what_differs,
     vllm_obstacle,
 )
 
@@ -157,6 +161,8 @@ DEFAULTS = {  # the constants under TRL's names for them, which are the flags
     "vllm_enable_sleep_mode": VLLM_SLEEP,
     "log_completions": True,  # writes OUTPUT_DIR/completions/*.parquet
     "num_completions_to_print": 0,  # and prints none of it: SAMPLE_EVERY does, readably
+    "ddp_timeout": 7200,  # seconds: processes wait for one that samples a cold start, or evaluates
+    "ddp_find_unused_parameters": False,  # all are used, and looking for others costs a walk of the graph each pass
     "logging_nan_inf_filter": False,  # which would replace a loss that is not a number by the average of those before
 }
 
@@ -230,15 +236,22 @@ class RecipeParser(TrlParser):
         for name in self.lora if not flags.use_peft else ():
             if getattr(flags, name) != self.lora[name]:
                 problems.append(f"--{name} has no effect without --use_peft true")
-        problems += find_problems(flags)
+        problems += find_problems(flags) if processes.is_main() else []
         if problems:
             listed = "".join(f"  - {printable(problem)}\n" for problem in problems)
             self.exit(2, f"train_grpo.py cannot start:\n{listed}")
+        for name in ("gradient_accumulation_steps", "steps_per_generation"):  # all processes together make one step
+            if getattr(flags, name) is not None:
+                setattr(flags, name, getattr(flags, name) // processes.count())
         if flags.demo:
             demo.name_sources(flags)
         if flags.use_vllm is None:
-            flags.use_vllm = vllm_obstacle(flags.use_cpu) is None
+            flags.use_vllm = vllm_obstacle(flags.use_cpu) is None and not flags.load_in_4bit
         return flags, unknown
+
+    def exit(self, status=0, message=None):
+        processes.linger()
+        super().exit(status, message if processes.is_main() else None)
 
     def error(self, message):
         self.exit(2, f"train_grpo.py: {message}\n{self.usage}\n")
@@ -255,6 +268,10 @@ def read_settings(argv: list[str] | None = None) -> tuple[RecipeConfig, GRPOConf
     if config.use_vllm and config.vllm_mode == "colocate" and config.vllm_max_model_length is None:
         # vLLM would reserve cache for the model's whole context, 32,768 tokens for Qwen2.5
         config.vllm_max_model_length = recipe.max_prompt_length + config.max_completion_length
+    if (
+        config.device.type == "cpu"
+    ):  # of several processes it is "cpu:0", to which torch cannot load an optimizer's state
+        config._setup_devices = type(config.device)("cpu")
     config.model_init_kwargs = {
         "revision": model_config.model_revision,
         "dtype": model_config.dtype,
@@ -285,7 +302,10 @@ def fit_memory(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConf
             f"model {name!r} cannot be loaded ({str(error).strip()}). Use a local folder (--model_name_or_path "
             "FOLDER), or set HF_ENDPOINT to a mirror"
         ) from error
-    total = device_memory(config.device)
+    if processes.is_sharded():  # needs less than is computed here, by how much depends on the sharding
+        config.gradient_checkpointing = config.gradient_checkpointing is not False
+        return
+    total = min(processes.gathered(device_memory(config.device)))
     fit(model, config, recipe.max_prompt_length, total, model_config.load_in_4bit, smaller=recipe.fit_memory)
     if config.per_device_train_batch_size < batch:
         print(
@@ -332,6 +352,7 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
     from transformers import PrinterCallback, ProgressCallback
     from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
+    from cold_start import keep_in_fp32
     from curves import curves_callback
     from record import progress_callback
     from rewards import REWARD_FUNCS
@@ -352,12 +373,13 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
     # no safetensors, a setting that TRL refuses, a package that is not installed
     except (OSError, ValueError, ImportError) as error:
         raise BadInput(f"the trainer cannot be built for model {name!r}: {str(error).strip()}") from error
-    if model_config.load_in_4bit:  # TRL casts the adapter to bf16, in which small updates round away
-        for parameter in trainer.model.parameters():
-            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    if model_config.load_in_4bit:
+        keep_in_fp32(trainer.model)
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    about = {"model": name, "why_not_vllm": vllm_obstacle(config.use_cpu) or "USE_VLLM is False"}
+    merging = "merging an adapter into 4-bit weights for it at every step would wear them away"
+    chosen = merging if model_config.load_in_4bit else "USE_VLLM is False"
+    about = {"model": name, "why_not_vllm": vllm_obstacle(config.use_cpu) or chosen}
     about["prompt_length"] = recipe.max_prompt_length
     trainer.add_callback(progress_callback(trainer, recipe.sample_every, **about))
     trainer.add_callback(curves_callback(config.output_dir))
@@ -372,11 +394,14 @@ def train(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -
 
     folder, checkpoint = Path(config.output_dir), config.resume_from_checkpoint
     tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision, config.trust_remote_code)
-    samples, dataset_revision = load_samples(recipe, config, tokenizer)
+    fit_memory(recipe, config, model_config)
+    if checkpoint:
+        say_what_differs(checkpoint, config)
+    samples, dataset_revision = on_main(load_samples, recipe, config, tokenizer)
     if not recipe.allow_changed_settings and (checkpoint or (folder / "run.json").is_file()):
-        check_problems(checkpoint or folder, fingerprint(samples))
+        on_main(check_problems, checkpoint or folder, fingerprint(samples))
     task = held_out_task(recipe, config)
-    held_out = held_out_sample(task, recipe.eval_problems) if config.eval_steps else []
+    held_out = on_main(held_out_sample, task, recipe.eval_problems) if config.eval_steps else []
     facts = {
         **describe(recipe, config, model_config),
         "dataset_revision": dataset_revision,
@@ -396,15 +421,15 @@ def train(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelConfig) -
         print(f"{folder}: already complete, {checkpoint} is its last step")
         if read_run(folder).get("outcome") != "finished":
             with recorded(folder, **facts):
-                finish(Path(checkpoint), folder)
+                on_main(finish, Path(checkpoint), folder)
         return
     check_disk(trainer)
-    if config.device.type == "cuda":
+    if config.device.type == "cuda" and not processes.is_sharded():
         check_memory(trainer, recipe.max_prompt_length)
     with recorded(folder, **facts), guard.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
         guard.end()
-        trainer.save_model()
+        save_policy(trainer)
         trainer.save_state()  # with the log that curves.py draws
     for remark in closing_remarks(trainer.state.log_history):
         print(f"WARNING: {remark}")
@@ -439,17 +464,16 @@ def measure(policy: str, recipe: RecipeConfig, config: GRPOConfig, name: str) ->
 
 
 def main(argv: list[str] | None = None) -> None:
+    processes.hush_others()
     recipe, config, model_config = read_settings(argv)
     resumes = config.resume_from_checkpoint is not None
     try:
         with locked(config.output_dir), faults_explained(config):
+            if resumes:
+                description, insist = describe(recipe, config, model_config), recipe.allow_changed_settings
+                config.resume_from_checkpoint = on_main(find_checkpoint, config, description, insist)
             if recipe.demo:
                 demo.prepare(config.output_dir, config.seed, config.use_cpu, fresh=not resumes)
-            fit_memory(recipe, config, model_config)
-            if resumes:
-                description = describe(recipe, config, model_config)
-                config.resume_from_checkpoint = find_checkpoint(config, description, recipe.allow_changed_settings)
-            if recipe.demo:
                 before = measure(model_config.model_name_or_path, recipe, config, "evaluation_before")
             train(recipe, config, model_config)
             if recipe.demo:
@@ -458,9 +482,12 @@ def main(argv: list[str] | None = None) -> None:
                 after = measure(config.output_dir, recipe, config, "evaluation_after")
                 print(table({"before GRPO": before, "after GRPO": after}))
     except BadInput as error:
+        processes.linger()
         sys.exit(f"train_grpo.py: {printable(str(error))}")
     except RunStopped as stop:
-        print(f"train_grpo.py: {printable(str(stop))}", file=sys.stderr)
+        processes.linger()
+        if processes.is_main() or stop.outcome != "stopped":  # all stop on a signal, one says so
+            print(f"train_grpo.py: {printable(str(stop))}", file=sys.stderr)
         sys.exit(stop.status)
     except KeyboardInterrupt:
         print(f"\ntrain_grpo.py: interrupted; what was saved is in {config.output_dir}", file=sys.stderr)

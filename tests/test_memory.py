@@ -97,7 +97,7 @@ def fitted(model, tmp_path, gigabytes: float, *words: str, smaller: bool = True)
         (80, (), (8, False), "smaller passes cost less than recomputation"),
         (40, (), (16, True), "passes under 2,048 tokens cost more"),
         (33, (), (8, True), "both"),
-        (24, (), (1, True), "nothing fits, which the check before training says"),
+        (24, (), (16, True), "smaller passes are no cure, and the check before training says so"),
         (80, ("--gradient_checkpointing", "true"), (16, True), "the user's choice"),
         (80, ("--max_completion_length", "32"), (16, False), "short completions"),
     ],

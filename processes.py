@@ -1,0 +1,64 @@
+"""Several processes of one run, as `accelerate launch` starts them: who speaks, what one reads for all, what they agree
+on. With one process all of it does nothing."""
+
+import os
+import sys
+import time
+
+
+def count() -> int:
+    """Processes of this run; 1 where no launcher started it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """This process' number."""
+    return int(os.environ.get("RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def is_sharded() -> bool:
+    """Whether FSDP or DeepSpeed splits the policy, its gradients or its optimizer between processes."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
+def hush_others() -> None:
+    """All but the main process print errors alone."""
+    if not is_main():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def linger() -> None:
+    """Give the main process time to end first: when one ends, the launcher ends the others in the middle of a word."""
+    if not is_main():
+        time.sleep(5)
+
+
+def on_main(call, *args):
+    """What `call(*args)` returns on the main process, on every process. An error there ends the others as well: they
+    wait, and the launcher ends them."""
+    if count() == 1:
+        return call(*args)
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([call(*args) if is_main() else None])[0]
+
+
+def gathered(value) -> list:
+    """Every process' value, in the order of their ranks, on every process."""
+    if count() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
+def wait() -> None:
+    """Until every process is here."""
+    gathered(None)
