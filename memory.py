@@ -59,7 +59,7 @@ def peak(parts: dict[str, int], vllm: int = 0, vllm_sleeps: bool = False) -> int
     update = parts["casts"] + parts["activations"]
     if vllm_sleeps:
         return held(parts) + max(update, vllm)
-    return held(parts) + vllm + max(update, parts["cache"])
+    return held(parts) + vllm + max(update, parts["casts"] + parts["cache"])
 
 
 def needed(parts: dict[str, int], args, total: int) -> int:

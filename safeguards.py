@@ -201,10 +201,10 @@ def say_what_differs(checkpoint: str, args) -> None:
     """Say where a resumed run splits its completions otherwise than the run that saved, and so is not it to the bit."""
     settings = read_run(Path(checkpoint)).get("settings", {})
     processes, passes = max(1, len(list(Path(checkpoint).glob("rng_state_*.pth")))), args.per_device_train_batch_size
-    before = processes, settings.get("per_device_train_batch_size", passes)
-    if before != (count(), passes):
+    before = settings.get("per_device_train_batch_size", passes)
+    if (processes, before) != (count(), passes):
         print(
-            f"{checkpoint} was saved by {processes} process(es) in passes of {before[1]}, and goes on with {count()} in "
+            f"{checkpoint} was saved by {processes} process(es) in passes of {before}, and goes on with {count()} in "
             f"passes of {passes}: sums round otherwise" + (", random states are new" if processes != count() else "")
         )
 

@@ -375,6 +375,9 @@ def build_trainer(recipe: RecipeConfig, config: GRPOConfig, model_config: ModelC
         raise BadInput(f"the trainer cannot be built for model {name!r}: {str(error).strip()}") from error
     if model_config.load_in_4bit:
         keep_in_fp32(trainer.model)
+    if not config.use_vllm and not processes.is_sharded():
+        # keeps the bf16 copies of the weights for a whole generation; Transformers makes them anew for every token
+        trainer._generate_single_turn = trainer.accelerator.autocast()(trainer._generate_single_turn)
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     merging = "merging an adapter into 4-bit weights for it at every step would wear them away"

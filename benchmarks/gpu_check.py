@@ -46,8 +46,11 @@ def parts(args) -> dict[str, tuple[int, list[list[str]] | None]]:
         "environment": (60, [["nvidia-smi"], [python, "-m", "pip", "freeze"]]),
         "tests": (300, [[python, "-m", "pytest", "-m", "gpu", "-q", "-rs"]]),
         "demo": (300, [recipe("--demo", "--output_dir", str(runs / "demo"))]),
-        "speed-0.5B": (600, [step_time("0.5B", "original", "transformers", "one-autocast", "checkpointing", "tf32")]),
-        "speed-1.5B": (900, [step_time("1.5B", "original", "transformers", "one-autocast", "bf16-weights")]),
+        "speed-0.5B": (
+            600,
+            [step_time("0.5B", "original", "transformers", "cast-each-token", "checkpointing", "tf32")],
+        ),
+        "speed-1.5B": (900, [step_time("1.5B", "original", "transformers", "cast-each-token", "bf16-weights")]),
         "speed-vllm": (900, [step_time("1.5B", "original", "vllm", "vllm-sleeping")] if has_vllm else None),
         "memory": (
             900,

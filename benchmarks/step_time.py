@@ -51,7 +51,7 @@ SETTINGS = {
     "eager-attention": {"attn_implementation": "eager"},
     "unfused-adamw": {"optim": "adamw_torch"},
     "tf32": {"tf32": "true"},
-    "one-autocast": {},  # bf16 copies of the weights are kept for a whole generation instead of cast at every token
+    "cast-each-token": {},  # as Transformers does, instead of keeping the weights' bf16 copies for a generation
 }
 
 
@@ -84,8 +84,8 @@ def measure(name: str, args) -> dict:
     trainer = build(recipe, config, model_config, tokenizer, samples, model_config.model_name_or_path)
     if build is train_grpo.build_trainer:
         train_grpo.protect(trainer)
-    if name == "one-autocast":
-        trainer._generate_single_turn = trainer.accelerator.autocast()(trainer._generate_single_turn)
+    if name == "cast-each-token":
+        del trainer._generate_single_turn
     clock = _clock(trainer)
     trainer.train()
     is_cuda = config.device.type == "cuda"
