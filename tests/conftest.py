@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# the tests share the machine's cores (`-n` in pyproject.toml), and several threads each would wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).parents[1]
 GSM8K = ROOT.parent / "shared" / "gsm8k"
 
