@@ -196,14 +196,19 @@ def plan(trainer, max_steps: int, start_step: int, model: str, why_not_vllm: str
         "generation": f"{backend}, {args.generation_batch_size} completions at a time, "
         f"at most {args.max_completion_length} tokens each",
         "a step": f"{completions / args.num_generations:g} prompts x {args.num_generations} completions = "
-        f"{completions} completions, in {args.gradient_accumulation_steps} passes of "
-        f"{args.per_device_train_batch_size}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}",
+        f"{completions} completions, {_passes(args)}",
         "steps": f"{max_steps:,}" + (f", resuming after step {start_step:,}" if start_step else ""),
         "objective": f"{args.loss_type} loss, {reference}, learning rate {args.learning_rate:g}",
         "saves": f"in {args.output_dir}, checkpoints {_interval(args)}, the newest {args.save_total_limit} are kept",
         "resume": inexact_because(args, max_steps) or "exact, bit for bit",
     }
     return "\n".join(f"  {name:<11}{printable(value)}" for name, value in lines.items())
+
+
+def _passes(args) -> str:
+    passes, each = args.gradient_accumulation_steps, " each" if args.world_size > 1 else ""
+    passes = f"in {passes} pass{'es' if passes > 1 else ''} of {args.per_device_train_batch_size}{each}"
+    return f"{passes}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}"
 
 
 def _memory(trainer, prompt_length: int) -> str:

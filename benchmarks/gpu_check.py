@@ -44,7 +44,7 @@ def parts(args) -> dict[str, tuple[int, list[list[str]] | None]]:
     precision += ["--model", f"{run}/cold-start", "--dataset", str(args.gsm8k)]
     return {
         "environment": (60, [["nvidia-smi"], [python, "-m", "pip", "freeze"]]),
-        "tests": (300, [[python, "-m", "pytest", "-m", "gpu", "-q", "-rs"]]),
+        "tests": (300, [[python, "-m", "pytest", "-m", "gpu", "-n", "0", "-s", "-rs"]]),
         "demo": (300, [recipe("--demo", "--output_dir", str(runs / "demo"))]),
         "speed-0.5B": (
             600,
