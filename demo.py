@@ -153,32 +153,18 @@ def teach(folder: Path, problems: list[dict], seed: int, use_cpu: bool) -> None:
     """Train a tokenizer and the tiny policy on `problems` in mixed style; save both in `folder`, which appears whole or
     not at all."""
     from datasets import Dataset, disable_progress_bars
-    from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
+    from transformers import Qwen2ForCausalLM, set_seed
     from trl import SFTConfig, SFTTrainer
 
     disable_progress_bars()  # four of them for a second's work
     tokenizer = _train_tokenizer(problems)
     set_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=INITIALIZER_RANGE,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
     rng = random.Random(seed)
     count = TEACHING_STEPS * TEACHING_BATCH_SIZE
     targets = [_target(problems[i % len(problems)], rng) for i in range(count)]
     partial = folder.with_name(f".{folder.name}-{os.getpid()}")
     trainer = SFTTrainer(
-        model=Qwen2ForCausalLM(config),
+        model=Qwen2ForCausalLM(architecture(tokenizer)),
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(targets),
         args=SFTConfig(
@@ -203,6 +189,26 @@ def teach(folder: Path, problems: list[dict], seed: int, use_cpu: bool) -> None:
     trainer.save_model()
     (partial / "teaching.json").write_text(json.dumps(_teaching()))
     os.replace(partial, folder)
+
+
+def architecture(tokenizer):
+    """The tiny policy's configuration."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=INITIALIZER_RANGE,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
 
 
 def _target(problem: dict, rng: random.Random) -> dict:

@@ -74,7 +74,7 @@ def rewards(rounds: int) -> None:
 
 def evaluation(rounds: int, out: Path) -> None:
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
     import demo
     from evaluate import complete
@@ -84,18 +84,8 @@ def evaluation(rounds: int, out: Path) -> None:
     problems, _ = load_problems(str(out / "problems"), None, "train")
     tokenizer = demo._train_tokenizer(problems)
     torch.manual_seed(0)
-    policy = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            eos_token_id=None,  # every completion takes all its tokens
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    ).eval()
+    policy = Qwen2ForCausalLM(demo.architecture(tokenizer)).eval()
+    policy.generation_config.eos_token_id = None  # every batch takes all its tokens
     prompts = [to_prompt(problems[i % len(problems)]["question"]) for i in range(PROBLEMS)]
 
     def bare(batch: int) -> None:

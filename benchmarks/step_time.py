@@ -45,6 +45,7 @@ SETTINGS = {
     "reference": {"beta": "0.04"},
     "four-generations": {"steps_per_generation": "1"},
     "small-passes": {"per_device_train_batch_size": "4", "gradient_accumulation_steps": "16"},
+    "one-pass": {"per_device_train_batch_size": "64", "gradient_accumulation_steps": "1"},
     "lora": {"use_peft": "true"},
     "lora-bf16-base": {"use_peft": "true", "dtype": "bfloat16"},
     "qlora": {"use_peft": "true", "load_in_4bit": "true"},
