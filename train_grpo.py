@@ -107,8 +107,8 @@ QLORA_DTYPE = "bfloat16"  # with --load_in_4bit true: of what is not quantized; 
 # ---- precision and speed
 # What costs nothing in quality is on. A step of the demo on two CPU cores takes so many times as long without it
 # (benchmarks/step_time.py; a GPU is not measured yet): one generation a step 1.14, no reference model 1.22, no
-# recomputation 1.27, and of Transformers' defaults SDPA attention 1.04 and AdamW in one kernel 1.03. TF32 is left alone:
-# with bf16 compute no large product is in fp32.
+# recomputation 1.27, and of Transformers' defaults SDPA attention 1.04 and AdamW in one kernel 1.03. TF32 is left
+# alone: with bf16 compute no large product is in fp32.
 DTYPE = (
     "float32"  # master weights: at this learning rate a step changes only some 8% of bf16 weights, the rest round away
 )

@@ -85,6 +85,10 @@ def main() -> None:
     parser.add_argument("--learning_steps", type=int, default=300)
     parser.add_argument("--learning_seconds", type=int, default=1500)
     args = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("gpu_check.py: no CUDA GPU is visible")
     for name in ("out", "smollm2", "gsm8k"):
         if getattr(args, name):
             setattr(args, name, getattr(args, name).absolute())

@@ -309,6 +309,8 @@ def main() -> None:
         args.folder = Path(args.model)
         print("MEASURED " + json.dumps(measure(args.measure, args)))
         return
+    if not args.use_cpu and not _has_gpu():
+        sys.exit("step_time.py: no CUDA GPU is visible; --use_cpu measures on the CPU")
     args.out.mkdir(parents=True, exist_ok=True)
     prepare(args)
     speeds = machine(args.use_cpu)
@@ -325,6 +327,12 @@ def main() -> None:
         end="",
     )
     print(f"{args.rounds} rounds of {args.steps} steps\n\n{table(rounds, speeds)}")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _in_a_process(name: str, args) -> dict:
