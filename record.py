@@ -100,7 +100,7 @@ def recorded(folder: Path, done: str = "finished", **facts):
         "earlier": [],
     }
     if before:
-        kept = {key: before.get(key) for key in ("command", "started", "ended", "outcome")}
+        kept = {key: before.get(key) for key in ("command", "started", "ended", "outcome", "processes")}
         run["earlier"] = [*before.get("earlier", []), kept]
 
     def write():
@@ -200,7 +200,7 @@ def plan(trainer, max_steps: int, start_step: int, model: str, why_not_vllm: str
         "steps": f"{max_steps:,}" + (f", resuming after step {start_step:,}" if start_step else ""),
         "objective": f"{args.loss_type} loss, {reference}, learning rate {args.learning_rate:g}",
         "saves": f"in {args.output_dir}, checkpoints {_interval(args)}, the newest {args.save_total_limit} are kept",
-        "resume": inexact_because(args, max_steps) or "exact, bit for bit",
+        "resume": (inexact_because(args, max_steps) or "exact, bit for bit") + (", from here on" if start_step else ""),
     }
     return "\n".join(f"  {name:<11}{printable(value)}" for name, value in lines.items())
 
@@ -353,7 +353,8 @@ def progress_callback(trainer, sample_every: int, **about):
         def on_train_begin(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
                 print(plan(trainer, state.max_steps, state.global_step, **about), flush=True)
-                self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm)
+                off = args.disable_tqdm or None  # None: a bar on a terminal only, not in a log file
+                self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=off)
             self.current_step = 0
 
         def on_log(self, args, state, control, logs=None, **kwargs):

@@ -250,9 +250,13 @@ def _hardware(flags: argparse.Namespace) -> list[str]:
         problems.append("--demo is for one process: start it with python")
     if count() == 1 and torch.cuda.device_count() > 1 and not flags.use_cpu:
         gpus = torch.cuda.device_count()
+        batch, passes = flags.per_device_train_batch_size, flags.gradient_accumulation_steps
+        words = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(gpus), *sys.argv]
+        if _is_number(batch, True) and _is_number(passes, True) and passes % gpus:
+            words += _split(batch, passes, gpus)
         problems.append(
-            f"{gpus} GPUs are visible, and python starts one process: `accelerate launch --multi_gpu --num_processes "
-            f"{gpus} train_grpo.py` uses them all, CUDA_VISIBLE_DEVICES=0 shows one"
+            f"{gpus} GPUs are visible, and python starts one process: `{shlex.join(words)}` uses them all, "
+            "CUDA_VISIBLE_DEVICES=0 shows one"
         )
     computes_in_bf16 = flags.bf16 and torch.cuda.is_available() and not flags.use_cpu
     if computes_in_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -260,7 +264,13 @@ def _hardware(flags: argparse.Namespace) -> list[str]:
             f"BF16 (--bf16) is true, but the {torch.cuda.get_device_name()} cannot compute in bf16: set --bf16 false "
             "--fp16 true, with --use_peft true where the full model's fp32 weights do not fit"
         )
-    if flags.use_vllm and (obstacle := vllm_obstacle(flags.use_cpu)):
+    obstacle = vllm_obstacle(flags.use_cpu)
+    if flags.vllm_mode == "server" and flags.use_vllm and obstacle:
+        problems.append(
+            f"--vllm_mode server needs a CUDA GPU and vLLM {' to '.join(VLLM_VERSIONS)} where it trains too, but "
+            f"{obstacle}; leave it out to generate with Transformers"
+        )
+    elif flags.use_vllm and obstacle:
         problems.append(
             f"USE_VLLM (--use_vllm) is true, but {obstacle}. It takes vLLM {' to '.join(VLLM_VERSIONS)} and a CUDA GPU "
             f"(pip install vllm=={VLLM_VERSIONS[1]}); false generates with Transformers"
@@ -368,6 +378,16 @@ def _sizes(flags: argparse.Namespace) -> list[str]:
     return problems
 
 
+def _split(batch: int, passes: int, processes: int, flag: str = "gradient_accumulation_steps") -> list[str]:
+    """Flags with which a step divides among processes: as many completions in smaller passes, else some more."""
+    share, left = divmod(batch * passes, processes)
+    if left:
+        more = -(-passes // processes) * processes
+        return [f"--{flag}", str(more)]
+    size = max(size for size in range(1, batch + 1) if share % size == 0)
+    return ["--per_device_train_batch_size", str(size), f"--{flag}", str(batch * passes // size)]
+
+
 def _groups(flags: argparse.Namespace) -> list[str]:
     """Completions are generated together, for one step unless told otherwise, and must be whole groups. Several
     processes share the passes of a step."""
@@ -379,12 +399,9 @@ def _groups(flags: argparse.Namespace) -> list[str]:
         passes = getattr(flags, flag)
         if passes is None or passes % count() == 0:
             continue
-        share, left = divmod(batch * passes, count())
-        smaller = max((size for size in range(1, batch + 1) if share and share % size == 0), default=batch)
         return [
             f"PER_DEVICE_BATCH_SIZE {batch} x {constant} {passes} = {batch * passes} completions do not divide "
-            f"among {count()} processes"
-            + (f" in passes of {batch}: set {smaller} x {batch * passes // smaller}" if not left else "")
+            f"among {count()} processes: {' '.join(_split(batch, passes, count(), flag))} do"
         ]
     if flags.generation_batch_size is not None:
         generated, made_of = flags.generation_batch_size, "--generation_batch_size"

@@ -16,7 +16,7 @@ from trl import get_peft_config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_grpo
-from memory import fit, gpu_memory, held, peak
+from memory import USABLE, fit, gpu_memory, held, needed, peak
 
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied embeddings
     "0.5B": (896, 4864, 24, 14, 2, 151936, True),
@@ -30,7 +30,14 @@ METHODS = {
     "LoRA, bf16 base": {"use_peft": "true", "dtype": "bfloat16"},
     "QLoRA": {"use_peft": "true", "dtype": train_grpo.QLORA_DTYPE},  # as --load_in_4bit, without its package
 }
-GPUS = (16, 24, 40, 48, 80, 141)  # GB
+GPUS = {
+    "16 GB": 15.8,
+    "24 GB": 23.6,
+    "40 GB": 39.4,
+    "48 GB": 47.5,
+    "80 GB": 79.2,
+    "141 GB": 139.8,
+}  # GiB that they report
 
 
 def shaped(size: str, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
@@ -61,12 +68,12 @@ def policy(size: str, method: str, **words: str):
     return model, config, recipe.max_prompt_length, method == "QLoRA"
 
 
-def chosen(size: str, method: str, gigabytes: int) -> str:
+def chosen(size: str, method: str, gib: float, vllm: bool) -> str:
     """Completions a pass on a GPU, and whether activations are recomputed; '-' where the run does not fit."""
     model, config, prompt_length, quantized = policy(size, method)
-    total = int(gigabytes * 1e9)
+    config.use_vllm, total = vllm, int(gib * 2**30)
     fit(model, config, prompt_length, total, quantized)
-    if peak(gpu_memory(model, config, prompt_length, quantized)) > total:
+    if needed(gpu_memory(model, config, prompt_length, quantized), config, total) > USABLE * total:
         return "-"
     return f"{config.per_device_train_batch_size}{' recomputed' if config.gradient_checkpointing else ''}"
 
@@ -80,11 +87,12 @@ def main() -> None:
             parts = gpu_memory(*policy(size, method, gradient_checkpointing="true"))
             cells.append(f"{peak(parts) / 1e9:.0f} GB ({held(parts) / 1e9:.0f} held)")
         print(f"| {size} | " + " | ".join(cells) + " |")
-    print("\n| completions a pass on | " + " | ".join(f"{gigabytes} GB" for gigabytes in GPUS) + " |")
+    print("\n| completions a pass on | " + " | ".join(GPUS) + " |")
     print("|---" * (len(GPUS) + 1) + "|")
     for size in SHAPES:
-        for method in ("full", "LoRA", "QLoRA"):
-            print(f"| {size} {method} | " + " | ".join(chosen(size, method, gigabytes) for gigabytes in GPUS) + " |")
+        for method, vllm in (("full", False), ("full", True), ("LoRA", False), ("QLoRA", False)):
+            cells = (chosen(size, method, gib, vllm) for gib in GPUS.values())
+            print(f"| {size} {method}{' and vLLM' if vllm else ''} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -99,8 +99,12 @@ def main() -> None:
     print(paper(8))
     if args.paper:
         return
+    import torch
+
     import demo
 
+    if not args.use_cpu and not torch.cuda.is_available():
+        sys.exit("scaling.py: no CUDA GPU is visible; --use_cpu measures on the CPU")
     if args.model is None:
         demo.prepare(str(args.out / "demo"), 42, args.use_cpu, fresh=False)
         args.model, args.dataset = args.out / "demo" / "taught-42", args.out / "demo" / "problems"

@@ -310,7 +310,9 @@ def main() -> None:
         print("MEASURED " + json.dumps(measure(args.measure, args)))
         return
     if not args.use_cpu and not _has_gpu():
-        sys.exit("step_time.py: no CUDA GPU is visible; --use_cpu measures on the CPU")
+        sys.exit(
+            "step_time.py: no CUDA GPU is visible; for a CPU: --model demo --use_cpu --no-bf16 --completion_length 48"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     prepare(args)
     speeds = machine(args.use_cpu)

@@ -198,8 +198,8 @@ def test_a_mistake_is_told_once_and_ends_every_process(policy, data, tmp_path):
 @pytest.mark.parametrize(
     ("processes", "words", "message"),
     [
-        (8, [], r"16 x GRADIENT_ACCUMULATION_STEPS 4 = 64 .* among 8 processes in passes of 16: set 8 x 8"),
-        (3, [], "64 completions do not divide among 3 processes"),
+        (8, [], r"64 .* among 8 processes: --per_device_train_batch_size 8 --gradient_accumulation_steps 8 do"),
+        (3, [], "64 completions do not divide among 3 processes: --gradient_accumulation_steps 6 do"),
         (2, ["--steps_per_generation", "1"], "STEPS_PER_GENERATION|steps_per_generation 1 = 16 completions"),
         (2, ["--demo"], "--demo is for one process"),
         (2, ["--cold_start_examples", "4", "--cold_start_batch_size", "3"], "COLD_START_BATCH_SIZE .* is 3"),

@@ -297,10 +297,12 @@ def test_an_adapter_is_saved_evaluated_merged_and_resumed(quantized, policy, dat
     assert "resuming after step 2" in done.stdout
     assert identical(adapter, load_file(again / "adapter_model.safetensors"))
 
-    AutoPeftModelForCausalLM.from_pretrained(run).merge_and_unload().save_pretrained(merged)
+    policy = AutoPeftModelForCausalLM.from_pretrained(run, dtype="float32")
+    policy.merge_and_unload().save_pretrained(merged)
     AutoTokenizer.from_pretrained(run).save_pretrained(merged)
+    shutil.copy(run / "run.json", merged)
     for folder in (run, merged):
-        done = start("evaluate.py", folder, "--dataset_name", data, "--limit", 2)
+        done = start("evaluate.py", folder, "--limit", 2)
         assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -361,7 +363,7 @@ MISTAKES = [
     (["--lora_r", "8"], ["--lora_r has no effect without --use_peft true"], "a rank of no adapter"),
     (["--load_in_4bit", "true"], ["--use_peft true"], "4-bit weights cannot be trained"),
     (["--load_in_8bit", "true"], ["--load_in_4bit"], "not covered"),
-    (["--vllm_mode", "server"], ["USE_VLLM"], "a vLLM server without vLLM"),
+    (["--vllm_mode", "server"], ["--vllm_mode server needs"], "a vLLM server without vLLM"),
     (["--vllm_server_port", "8001"], ["--vllm_mode server"], "a server that nobody asks"),
     (["--model_name_or_path", "./\x1b[2Jx"], [r"\x1b[2Jx"], "nothing drives the terminal"),
 ]
