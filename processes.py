@@ -62,3 +62,12 @@ def gathered(value) -> list:
 def wait() -> None:
     """Until every process is here."""
     gathered(None)
+
+
+def part() -> None:
+    """Leave together: the main process may still be saving, and one that ends with connections open can abort."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        wait()
+        PartialState().destroy_process_group()

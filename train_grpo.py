@@ -499,6 +499,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"\ntrain_grpo.py: interrupted; what was saved is in {config.output_dir}", file=sys.stderr)
         sys.exit(130)
+    processes.part()
     print(f"next:  python evaluate.py {printable(config.output_dir)}")
 
 
