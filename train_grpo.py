@@ -272,9 +272,8 @@ def read_settings(argv: list[str] | None = None) -> tuple[RecipeConfig, GRPOConf
     if config.use_vllm and config.vllm_mode == "colocate" and config.vllm_max_model_length is None:
         # vLLM would reserve cache for the model's whole context, 32,768 tokens for Qwen2.5
         config.vllm_max_model_length = recipe.max_prompt_length + config.max_completion_length
-    if (
-        config.device.type == "cpu"
-    ):  # of several processes it is "cpu:0", to which torch cannot load an optimizer's state
+    if config.device.type == "cpu":
+        # of several processes it is "cpu:0", to which torch cannot load an optimizer's state
         config._setup_devices = type(config.device)("cpu")
     config.model_init_kwargs = {
         "revision": model_config.model_revision,
