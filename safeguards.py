@@ -252,7 +252,7 @@ def _hardware(flags: argparse.Namespace) -> list[str]:
         gpus = torch.cuda.device_count()
         batch, passes = flags.per_device_train_batch_size, flags.gradient_accumulation_steps
         words = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(gpus), *sys.argv]
-        if _is_number(batch, True) and _is_number(passes, True) and passes % gpus:
+        if _is_number(batch, True) and _is_number(passes, True) and min(batch, passes) > 0 and passes % gpus:
             words += _split(batch, passes, gpus)
         problems.append(
             f"{gpus} GPUs are visible, and python starts one process: `{shlex.join(words)}` uses them all, "

@@ -109,9 +109,7 @@ QLORA_DTYPE = "bfloat16"  # with --load_in_4bit true: of what is not quantized; 
 # (benchmarks/step_time.py; a GPU is not measured yet): one generation a step 1.14, no reference model 1.22, no
 # recomputation 1.27, and of Transformers' defaults SDPA attention 1.04 and AdamW in one kernel 1.03. TF32 is left
 # alone: with bf16 compute no large product is in fp32.
-DTYPE = (
-    "float32"  # master weights: at this learning rate a step changes only some 8% of bf16 weights, the rest round away
-)
+DTYPE = "float32"  # master weights: in bf16 most of a small update rounds away (benchmarks/precision.py)
 BF16 = True  # compute in bf16
 USE_VLLM = None  # None: vLLM in this process where it is installed and a GPU is there; True and False insist
 VLLM_MEMORY_SHARE = 0.3  # of the GPU, for vLLM: 24 GB of 80; 1.5B needs 3 for bf16 weights and 1.4 for 64 x 768 tokens

@@ -219,3 +219,18 @@ def test_sharding_that_accelerate_would_ignore_is_a_mistake(monkeypatch, capsys,
     with pytest.raises(SystemExit):
         train_grpo.main(["--use_cpu", "true", "--output_dir", str(tmp_path / "run")])
     assert "FSDP and DeepSpeed flags would be ignored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], r"--num_processes 8 \S+ .*--per_device_train_batch_size 8 --gradient_accumulation_steps 8` uses them all"),
+        (["--per_device_train_batch_size", "0"], r"PER_DEVICE_BATCH_SIZE .* is 0"),
+    ],
+)
+def test_a_machine_with_several_gpus_is_told_what_to_type(words, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py", "--output_dir", str(tmp_path / "run"), *words])
+    with pytest.raises(SystemExit):
+        train_grpo.main()
+    assert re.search(message, capsys.readouterr().err)
