@@ -1,9 +1,8 @@
-"""The prompt format, its parser and the five rewards: all that defines 'a good completion'.
+"""The prompt, its parser and the five rewards: all that defines 'a good completion'.
 
-Every reward is a pure function of TRL's form `f(completions, **kwargs) -> list[float]`: one finite float per
-completion, no printing, no exception whatever the model wrote, time linear in its length. A completion is
-conversational: a list whose first message holds the text under "content". The full score is 4.0:
-0.5 + 0.5 + 0.5 + 0.5 + 2.0.
+Every reward is a pure function of TRL's form `f(completions, **kwargs) -> list[float]`: B completions give B finite
+floats, no printing, no exception whatever the model wrote, time linear in its length. A completion is conversational: a
+list whose first message holds the text under "content". The full score is 4.0: 0.5 + 0.5 + 0.5 + 0.5 + 2.0.
 
 Standard library only, so that `pytest tests/test_rewards.py` runs in a second.
 """
@@ -57,6 +56,13 @@ MAX_NUMBER_LENGTH = 32  # characters; int() and Decimal() take quadratic time or
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"  # [0-9], because \d and str.isdigit accept other scripts' digits
 INTEGER = re.compile(rf"-?{DIGITS}")
 NUMBER = re.compile(rf"(?P<sign>-?)\$?(?P<digits>{DIGITS}(?:\.[0-9]+)?)(?:\.?%?|%\.)")
+
+
+def to_prompt(question: str, system_prompt: str = SYSTEM_PROMPT, one_shot: bool = False) -> list[dict]:
+    """System and user message; with `one_shot`, a solved problem as an earlier turn between them."""
+    example = [("user", ONE_SHOT_QUESTION), ("assistant", ONE_SHOT_ANSWER)] if one_shot else []
+    messages = [("system", system_prompt), *example, ("user", question)]
+    return [{"role": role, "content": text} for role, text in messages]
 
 
 # ---- parsing
@@ -135,12 +141,6 @@ def xmlcount_reward_func(completions: list[list[dict]], **kwargs) -> list[float]
 
     The original split at `\\n</answer>\\n`, so that a perfect completion ending in EOS instead of a newline was charged
     0.001 for every character of its whole text: a hidden reward for brevity.
-
-    Args:
-        completions: B conversational completions.
-
-    Returns:
-        B floats.
     """
     return [_xmlcount(completion_text(completion)) for completion in completions]
 
@@ -162,12 +162,6 @@ def soft_format_reward_func(completions: list[list[dict]], **kwargs) -> list[flo
 
     In the original's regular expression `.` stopped at a newline, so it never paid for the format its prompt asked for;
     with DOTALL it would have paid for several answer blocks.
-
-    Args:
-        completions: B conversational completions.
-
-    Returns:
-        B floats, each 0.0 or 0.5.
     """
     return [0.5 if _soft_format(completion_text(completion)) else 0.0 for completion in completions]
 
@@ -182,12 +176,6 @@ def strict_format_reward_func(completions: list[list[dict]], **kwargs) -> list[f
 
     At most one newline may follow; each tag exactly once; neither text blank. Both texts may span lines, which the
     original's regular expression forbade.
-
-    Args:
-        completions: B conversational completions.
-
-    Returns:
-        B floats, each 0.0 or 0.5.
     """
     return [0.5 if is_strict_format(completion_text(completion)) else 0.0 for completion in completions]
 
@@ -207,12 +195,6 @@ def int_reward_func(completions: list[list[dict]], **kwargs) -> list[float]:
 
     An optional `-`, then ASCII digits, or digits with correctly placed thousands commas; at most 32 characters. The
     original's `str.isdigit` refused `-5` and `1,080`, which are gold answers, and accepted `7²`.
-
-    Args:
-        completions: B conversational completions.
-
-    Returns:
-        B floats, each 0.0 or 0.5.
     """
     answers = [extract_xml_answer(completion_text(completion)) for completion in completions]
     return [0.5 if len(a) <= MAX_NUMBER_LENGTH and INTEGER.fullmatch(a) else 0.0 for a in answers]

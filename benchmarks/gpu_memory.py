@@ -1,4 +1,4 @@
-"""GPU memory by model size and method, and what the recipe chooses by it, computed by memory.py with its constants.
+"""GPU memory by model size and method, and what the recipe chooses by it, computed by support/memory.py with its constants.
 
     python benchmarks/gpu_memory.py
 
@@ -16,7 +16,9 @@ from trl import get_peft_config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_grpo
-from memory import USABLE, fit, gpu_memory, held, needed, peak
+from support import memory
+from support.memory import USABLE, fit, gpu_memory, held, needed, peak
+from support.settings import read_settings
 
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied embeddings
     "0.5B": (896, 4864, 24, 14, 2, 151936, True),
@@ -28,7 +30,7 @@ METHODS = {
     "full": {},
     "LoRA": {"use_peft": "true"},
     "LoRA, bf16 base": {"use_peft": "true", "dtype": "bfloat16"},
-    "QLoRA": {"use_peft": "true", "dtype": train_grpo.QLORA_DTYPE},  # as --load_in_4bit, without its package
+    "QLoRA": {"use_peft": "true", "dtype": "bfloat16"},  # as --load_in_4bit, without its package
 }
 GPUS = {
     "16 GB": 15.8,
@@ -61,21 +63,23 @@ def policy(size: str, method: str, **words: str):
     """The policy without its numbers, and the recipe's settings for it."""
     words = {"use_cpu": "true", "output_dir": "outputs/of-no-run", **METHODS[method], **words}
     flags = [word for name, value in words.items() for word in (f"--{name}", value)]
-    recipe, config, model_config = train_grpo.read_settings(flags)
-    model = shaped(size, getattr(torch, model_config.dtype))
-    if model_config.use_peft:
-        model = get_peft_model(model, get_peft_config(model_config))
-    return model, config, recipe.max_prompt_length, method == "QLoRA"
+    memory.settle = lambda settings: None  # it would look at the default model on this machine
+    settings = read_settings(vars(train_grpo), flags)
+    settings.load_in_4bit = method == "QLoRA"
+    model = shaped(size, getattr(torch, settings.dtype))
+    if settings.use_peft:
+        model = get_peft_model(model, get_peft_config(settings))
+    return model, settings
 
 
 def chosen(size: str, method: str, gib: float, vllm: bool) -> str:
     """Completions a pass on a GPU, and whether activations are recomputed; '-' where the run does not fit."""
-    model, config, prompt_length, quantized = policy(size, method)
-    config.use_vllm, total = vllm, int(gib * 2**30)
-    fit(model, config, prompt_length, total, quantized)
-    if needed(gpu_memory(model, config, prompt_length, quantized), config, total) > USABLE * total:
+    model, settings = policy(size, method)
+    settings.use_vllm, total = vllm, int(gib * 2**30)
+    fit(model, settings, total)
+    if needed(gpu_memory(model, settings, settings.load_in_4bit), settings, total) > USABLE * total:
         return "-"
-    return f"{config.per_device_train_batch_size}{' recomputed' if config.gradient_checkpointing else ''}"
+    return f"{settings.per_device_train_batch_size}{' recomputed' if settings.gradient_checkpointing else ''}"
 
 
 def main() -> None:
@@ -84,7 +88,8 @@ def main() -> None:
     for size in SHAPES:
         cells = []
         for method in METHODS:
-            parts = gpu_memory(*policy(size, method, gradient_checkpointing="true"))
+            model, settings = policy(size, method, gradient_checkpointing="true")
+            parts = gpu_memory(model, settings, settings.load_in_4bit)
             cells.append(f"{peak(parts) / 1e9:.0f} GB ({held(parts) / 1e9:.0f} held)")
         print(f"| {size} | " + " | ".join(cells) + " |")
     print("\n| completions a pass on | " + " | ".join(GPUS) + " |")

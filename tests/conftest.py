@@ -1,7 +1,9 @@
 """A tiny policy, a few problems of our own, and the real entry points as a user starts them."""
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,8 +56,8 @@ def tiny(data: Path, initializer_range: float):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    import demo
-    from gsm8k import load_problems
+    from support import demo
+    from support.problems import load_problems
 
     tokenizer = demo._train_tokenizer(load_problems(str(data), None, "train")[0])
     torch.manual_seed(0)
@@ -91,7 +93,7 @@ def policy(tmp_path_factory, data) -> Path:
     every step has a gradient."""
     import torch
 
-    from gsm8k import to_prompt
+    from rewards import to_prompt
 
     model, tokenizer = tiny(data, initializer_range=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -109,8 +111,10 @@ def policy(tmp_path_factory, data) -> Path:
 
 
 def launch(script: str, *args, **env) -> subprocess.Popen:
-    """Start an entry point, or lines of Python, in a process of its own, without the Hub; stdout and stderr as text."""
-    what = [str(ROOT / script)] if script.endswith(".py") else ["-c", script]
+    """Start a file, `-m module` or lines of Python in a process of its own, without the Hub; stdout and stderr as
+    text."""
+    is_file = script.endswith(".py")
+    what = [str(ROOT / script)] if is_file else script.split() if script.startswith("-m ") else ["-c", script]
     return subprocess.Popen(
         [sys.executable, "-u", *what, *map(str, args)],
         cwd=ROOT,
@@ -137,6 +141,32 @@ def flags(policy: Path, data: Path, output: Path, **changes) -> list[str]:
     return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
 
 
+def settings(*words):
+    """The settings of a start with this command line on a CPU."""
+    import train_grpo
+    from support.settings import read_settings
+
+    return read_settings(vars(train_grpo), ["--use_cpu", "true", *map(str, words)])
+
+
+def refused(capsys, status: int, words: list) -> str:
+    """The error of a start that must not train; in this process, to save the time of the imports."""
+    out, error = ended(capsys, status, words)
+    assert "\nstep " not in out
+    return error
+
+
+def ended(capsys, status: int, words: list) -> tuple[str, str]:
+    """What a start in this process prints before it ends with `status`, and its error."""
+    import train_grpo
+
+    with pytest.raises(SystemExit) as exit:
+        train_grpo.main([str(word) for word in words])
+    out, error = capsys.readouterr()
+    assert (exit.value.code if isinstance(exit.value.code, int) else 1) == status, error
+    return out, error if isinstance(exit.value.code, int) else exit.value.code
+
+
 def weights(folder: Path) -> dict:
     from safetensors.torch import load_file
 
@@ -156,3 +186,57 @@ def trained(tmp_path_factory, policy, data) -> tuple[Path, subprocess.CompletedP
     done = start("train_grpo.py", *flags(policy, data, output))
     assert done.returncode == 0, done.stderr[-4000:]
     return output, done
+
+
+# ---- a run that is interrupted, and the same one left alone
+
+LONG = {"max_steps": 24, "save_steps": 4, "eval_steps": 8, "sample_every": 0}
+SLOW = {**LONG, "max_completion_length": 400, "generation_kwargs": '{"min_new_tokens": 400}', "eval_steps": 0}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, policy, data) -> Path:
+    """A run of 24 steps that nothing happened to."""
+    output = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = start("train_grpo.py", *flags(policy, data, output, **LONG))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output
+
+
+@pytest.fixture
+def copy(undisturbed, tmp_path) -> Path:
+    """That run, to be damaged."""
+    return shutil.copytree(undisturbed, tmp_path / "run")
+
+
+def until(process: subprocess.Popen, text: str) -> None:
+    """Read a process's output up to a line with `text`."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} never came: {process.stderr.read()[-4000:]}")
+
+
+def same_run(first: Path, second: Path, steps: int = 24) -> bool:
+    """The same prompts, completions, rewards and advantages at every step, and the same final weights."""
+    import pandas
+
+    for step in range(1, steps + 1):
+        name = f"completions/completions_{step:05d}.parquet"
+        pandas.testing.assert_frame_equal(pandas.read_parquet(first / name), pandas.read_parquet(second / name))
+    return identical(weights(first), weights(second))
+
+
+def resumed(output: Path, words: list[str]) -> subprocess.CompletedProcess:
+    done = start("train_grpo.py", *words, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def resumed_here(capsys, words: list) -> str:
+    """What a resumed run prints, in this process."""
+    import train_grpo
+
+    with contextlib.suppress(SystemExit):  # where it is finished
+        train_grpo.main([*map(str, words), "--resume_from_checkpoint", "auto"])
+    return capsys.readouterr().out

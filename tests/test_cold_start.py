@@ -6,13 +6,13 @@ import signal
 
 import pandas as pd
 import pytest
-from conftest import GSM8K, flags, identical, launch, start, weights, write_jsonl
+from conftest import GSM8K, flags, identical, launch, settings, start, weights, write_jsonl
 from safetensors.torch import load_file
 
 import train_grpo
-from cold_start import build_trainer, from_dataset, target
-from gsm8k import load_problems, load_tokenizer, to_samples
 from rewards import ONE_SHOT_ANSWER, ONE_SHOT_QUESTION, REWARD_FUNCS
+from support.cold_start import build_trainer, from_dataset, target
+from support.problems import load_problems, load_tokenizer
 
 # long enough for the tiny policy to learn the format by heart, and for a signal to hit
 STAGE = {
@@ -73,12 +73,11 @@ def test_the_worked_example_is_paid_in_full():
 
 
 def test_the_loss_is_on_the_completion_and_its_end_alone(policy, data, tmp_path):
-    words = flags(policy, data, tmp_path / "run", **STAGE)
-    recipe, config, model_config = train_grpo.read_settings(words)
+    run = settings(*flags(policy, data, tmp_path / "run", **STAGE))
     tokenizer = load_tokenizer(str(policy))
-    samples = to_samples(load_problems(str(data), None, "train")[0])
-    examples = from_dataset(samples, 8, config, tokenizer)
-    trainer = build_trainer(tmp_path / "stage", examples, recipe, config, model_config, tokenizer)
+    samples, _ = train_grpo.load_samples(run, tokenizer)
+    examples = from_dataset(samples, 8, run, tokenizer)
+    trainer = build_trainer(run, tmp_path / "stage", examples, tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     texts = {example["completion"][0]["content"] for example in examples}
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
@@ -202,15 +201,16 @@ def test_a_solution_without_a_rationale_is_not_shown(policy, tmp_path, capsys):
         {"question": f"What is {a}?", "answer": f"It is {a}.\n#### {a}" if a % 2 else f"#### {a}"} for a in range(8)
     ]
     write_jsonl(tmp_path / "train.jsonl", rows)
-    _, config, _ = train_grpo.read_settings(flags(policy, tmp_path, tmp_path / "run", **{**STAGE, "eval_steps": 0}))
-    samples = to_samples(load_problems(str(tmp_path), None, "train")[0])
-    examples = from_dataset(samples, 4, config, load_tokenizer(str(policy)))
+    few = {**STAGE, "eval_steps": 0}
+    run, tokenizer = settings(*flags(policy, tmp_path, tmp_path / "run", **few)), load_tokenizer(str(policy))
+    samples, _ = train_grpo.load_samples(run, tokenizer)
+    examples = from_dataset(samples, 4, run, tokenizer)
     assert all("It is" in example["completion"][0]["content"] for example in examples)
     assert "4 of 8 solutions are not to be shown" in capsys.readouterr().out
 
 
 def test_a_stage_that_is_done_is_not_silently_kept_under_other_settings(cold_started, policy, data, tmp_path):
-    shutil.copytree(cold_started[0], tmp_path / "run")
+    shutil.copytree(cold_started[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-4"))
     words = flags(policy, data, tmp_path / "run", **{**STAGE, "cold_start_epochs": 3, "allow_changed_settings": "true"})
     with pytest.raises(SystemExit, match="cold_start_epochs: 40 -> 3"):
         train_grpo.main([*words, "--resume_from_checkpoint", "auto"])
@@ -219,7 +219,7 @@ def test_a_stage_that_is_done_is_not_silently_kept_under_other_settings(cold_sta
 def test_a_model_that_cannot_be_taught_is_one_message_and_leaves_nothing(policy, data, tmp_path):
     shutil.copytree(policy, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
-    with pytest.raises(SystemExit, match="the cold start cannot be built"):
+    with pytest.raises(SystemExit, match="SFTTrainer cannot be built"):
         train_grpo.main(flags(tmp_path / "model", data, tmp_path / "run", **STAGE))
     assert not (tmp_path / "run" / "run.json").exists()
 

@@ -7,8 +7,8 @@ import matplotlib.image
 import pytest
 from conftest import start
 
-import curves
-from gsm8k import BadInput
+from support import curves
+from support.errors import BadInput
 
 
 def drawn(path) -> bool:
@@ -28,10 +28,10 @@ def test_a_run_leaves_a_picture_of_all_that_it_measured(trained):
 def test_by_hand_one_run_or_several_laid_over_each_other(trained, tmp_path):
     run, _ = trained
     shutil.copytree(run / "checkpoint-2", tmp_path / "cut short" / "checkpoint-2")
-    done = start("curves.py", tmp_path / "cut short")
+    done = start("-m support.curves", tmp_path / "cut short")
     assert done.returncode == 0, done.stderr
     assert drawn(tmp_path / "cut short" / "curves.png"), "from the newest checkpoint's log"
-    done = start("curves.py", tmp_path / "cut short", run)
+    done = start("-m support.curves", tmp_path / "cut short", run)
     assert done.returncode == 0, done.stderr
     assert drawn(tmp_path / "cut short" / "curves-compared.png")
 
@@ -44,7 +44,7 @@ def test_a_damaged_log_is_one_message(tmp_path, text):
 
 
 def test_a_folder_that_is_no_run_is_one_message(tmp_path):
-    done = start("curves.py", tmp_path)
+    done = start("-m support.curves", tmp_path)
     assert done.returncode == 1
     assert "is it a run's folder?" in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,8 +10,11 @@ import pytest
 from conftest import launch, problem, start, write_jsonl
 
 import evaluate
-from gsm8k import BadInput, load_problems, load_tokenizer, to_prompt
-from safeguards import vllm_obstacle
+from rewards import to_prompt
+from support import evaluation, generation
+from support.errors import BadInput
+from support.generation import vllm_obstacle
+from support.problems import load_problems, load_tokenizer
 
 GOOD = "<reasoning>\nOne and 3.\n</reasoning>\n<answer>\n4\n</answer>"
 KEYS = [
@@ -44,7 +47,7 @@ KEYS = [
     ],
 )
 def test_last_number(text, number, reason):
-    assert evaluate.last_number(text) == number, reason
+    assert evaluation.last_number(text) == number, reason
 
 
 SCORES = [
@@ -61,7 +64,7 @@ SCORES = [
 @pytest.mark.parametrize(("text", "strict", "lenient", "in_format", "reason"), SCORES)
 def test_score_of_one_completion(text, strict, lenient, in_format, reason):
     completion = {"text": text, "tokens": 7, "truncated": False}
-    row = evaluate.score(3, {"question": "?", "answer": "4"}, completion)
+    row = evaluation.score(3, {"question": "?", "answer": "4"}, completion)
     assert (row["strict"], row["lenient"], row["format"]) == (strict, lenient, in_format), reason
     assert (row["index"], row["gold"], row["completion"], row["tokens"]) == (3, "4", text, 7)
 
@@ -78,7 +81,7 @@ def test_summary_shares_and_wilson_interval():
         }
         for i in range(10)
     ]
-    report = evaluate.summarize(rows)
+    report = evaluation.summarize(rows)
     assert report["n"] == 10
     assert (report["strict_accuracy"], report["lenient_accuracy"], report["format_rate"]) == (0.3, 0.5, 0.8)
     assert (report["truncated_rate"], report["mean_completion_tokens"], report["reflection_rate"]) == (0.1, 4.5, 0.2)
@@ -87,31 +90,31 @@ def test_summary_shares_and_wilson_interval():
 
 def test_completions_are_the_same_at_any_batch_size(babbler, data):
     """Left padding and position ids: a shorter prompt beside a longer one must not change."""
-    model, tokenizer = evaluate.load_policy(str(babbler)), load_tokenizer(str(babbler))
+    model, tokenizer = generation.load_policy(str(babbler)), load_tokenizer(str(babbler))
     problems = load_problems(str(data), None, "test")[0]
     prompts = [to_prompt("Well, " * (i % 4) + p["question"]) for i, p in enumerate(problems)]
-    alone = evaluate.complete(model, tokenizer, prompts, 16, batch_size=1)
+    alone = generation.complete(model, tokenizer, prompts, 16, batch_size=1)
     assert len({c["text"] for c in alone}) > 3, "the policy says different things to different prompts"
     for batch_size in (3, 10):
-        assert evaluate.complete(model, tokenizer, prompts, 16, batch_size=batch_size) == alone
+        assert generation.complete(model, tokenizer, prompts, 16, batch_size=batch_size) == alone
 
 
 def test_completions_are_plain_greedy_whatever_the_model_declares(babbler):
     """Qwen2.5 declares sampling and a repetition penalty in its generation config."""
-    model, tokenizer = evaluate.load_policy(str(babbler)), load_tokenizer(str(babbler))
+    model, tokenizer = generation.load_policy(str(babbler)), load_tokenizer(str(babbler))
     prompt = [to_prompt("What is 1 + 1?")]
-    plain = evaluate.complete(model, tokenizer, prompt, 16)
+    plain = generation.complete(model, tokenizer, prompt, 16)
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, min_new_tokens=16)
-    assert evaluate.complete(model, tokenizer, prompt, 16) == plain
+    assert generation.complete(model, tokenizer, prompt, 16) == plain
     assert plain[0]["tokens"] <= 16
 
 
 def test_a_completion_ends_at_any_of_the_models_eos_tokens(babbler):
-    model, tokenizer = evaluate.load_policy(str(babbler)), load_tokenizer(str(babbler))
+    model, tokenizer = generation.load_policy(str(babbler)), load_tokenizer(str(babbler))
     prompt = [to_prompt("What is 1 + 1?")]
-    assert evaluate.complete(model, tokenizer, prompt, 16)[0]["truncated"]
+    assert generation.complete(model, tokenizer, prompt, 16)[0]["truncated"]
     model.generation_config.eos_token_id = list(range(len(tokenizer)))
-    stopped = evaluate.complete(model, tokenizer, prompt, 16)[0]
+    stopped = generation.complete(model, tokenizer, prompt, 16)[0]
     assert (stopped["tokens"], stopped["truncated"]) == (1, False)
 
 
@@ -179,7 +182,7 @@ def results(*pattern: tuple[int, bool, bool]) -> tuple[list[dict], list[dict]]:
 
 
 def test_mcnemar_is_exact_on_the_discordant_pairs():
-    comparison = evaluate.compare(*results((50, True, True), (9, True, False), (1, False, True), (40, False, False)))
+    comparison = evaluation.compare(*results((50, True, True), (9, True, False), (1, False, True), (40, False, False)))
     assert comparison == {
         "difference": 0.08,
         "both_right": 50,
@@ -192,7 +195,7 @@ def test_mcnemar_is_exact_on_the_discordant_pairs():
 
 
 def test_two_equal_models_differ_by_nothing():
-    comparison = evaluate.compare(*results((3, True, True), (4, False, False)))
+    comparison = evaluation.compare(*results((3, True, True), (4, False, False)))
     assert (comparison["difference"], comparison["mcnemar_p"]) == (0.0, 1.0)
 
 
@@ -205,7 +208,7 @@ def test_two_equal_models_differ_by_nothing():
     ],
 )
 def test_a_comparison_in_words(pattern, words):
-    assert evaluate.in_words(evaluate.compare(*results(*pattern))).startswith(words)
+    assert evaluation.in_words(evaluation.compare(*results(*pattern))).startswith(words)
 
 
 def test_comparing_evaluates_both_and_reuses_what_the_baseline_has(trained, policy, data, tmp_path):
@@ -245,9 +248,9 @@ def test_a_baseline_must_be_the_evaluation_of_that_very_model(trained, policy, d
 
 def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path):
     """U+2028 and U+0085 are line ends to Python, not to JSON."""
-    task = evaluate.Task(str(data), None, "test", 12, {}, limit=1)
+    task = evaluation.Task(str(data), None, "test", 12, {}, limit=1)
     (problem,) = task.problems()
-    rows = [evaluate.score(0, problem, {"text": "a\u2028b\x85c\r", "tokens": 3, "truncated": False})]
+    rows = [evaluation.score(0, problem, {"text": "a\u2028b\x85c\r", "tokens": 3, "truncated": False})]
     report = {
         "model": "x",
         "one_shot": False,
@@ -255,8 +258,8 @@ def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path)
         "chat_template_kwargs": {},
         "system_prompt": task.system_prompt,
     }
-    evaluate.save(tmp_path, report, rows)
-    assert evaluate.load_evaluation(tmp_path, task) == (report, rows)
+    evaluation.save(tmp_path, report, rows)
+    assert evaluation.load_evaluation(tmp_path, task) == (report, rows)
 
 
 def test_an_interrupted_evaluation_leaves_nothing_that_looks_whole(babbler, tmp_path):
@@ -284,4 +287,4 @@ def test_a_folder_without_weights_names_the_checkpoint_to_evaluate(trained, tmp_
             (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(BadInput, match="checkpoint-4"):
-        evaluate.load_policy(str(tmp_path))
+        generation.load_policy(str(tmp_path))

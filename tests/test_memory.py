@@ -1,14 +1,13 @@
 """The arithmetic of GPU memory, by hand for Qwen2.5-1.5B, and what is chosen by it."""
 
-from types import SimpleNamespace
-
+import conftest
 import pytest
 from peft import LoraConfig, get_peft_model
 
-import train_grpo
 from benchmarks.gpu_memory import shaped
-from memory import fit, gpu_memory, held, needed, peak
-from safeguards import RunStopped, check_memory
+from support import memory
+from support.errors import RunStopped
+from support.memory import check, fit, gpu_memory, held, needed, peak
 
 PARAMETERS = 1_543_714_304
 LINEAR = 28 * (2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960)  # weights of the layers' linear modules
@@ -20,12 +19,15 @@ def model():
 
 
 def settings(tmp_path, *words: str):
-    return train_grpo.read_settings(["--use_cpu", "true", "--output_dir", str(tmp_path), *words])[1]
+    """Those of the default run, before anything is chosen by memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "settle", lambda settings: None)
+        return conftest.settings("--output_dir", tmp_path, *words)
 
 
 def computed(model, tmp_path, *words: str, quantized: bool = False) -> dict:
     words = ("--gradient_checkpointing", "true", *words)
-    return gpu_memory(model, settings(tmp_path, *words), 256, quantized)
+    return gpu_memory(model, settings(tmp_path, *words), quantized)
 
 
 def test_full_fine_tuning_holds_sixteen_bytes_a_parameter(model, tmp_path):
@@ -71,20 +73,19 @@ def test_four_bit_weights_take_half_a_byte_and_their_scales(model, tmp_path):
 
 
 @pytest.mark.parametrize(("total", "outcome"), [(20e9, "refused"), (28e9, "warned"), (40e9, "fine")])
-def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of(total, outcome, model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("safeguards.device_memory", lambda _: int(total))
-    place = SimpleNamespace(model=model, args=settings(tmp_path, "--gradient_checkpointing", "true"))
+def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of(total, outcome, model, tmp_path, capsys):
+    config = settings(tmp_path, "--gradient_checkpointing", "true")
     if outcome == "refused":
         with pytest.raises(RunStopped, match=r"need 24.7 GB, and the GPU has 20.0 GB(.|\n)*--use_peft true"):
-            check_memory(place, 256)
+            check(model, config, int(total))
     else:
-        check_memory(place, 256)
+        check(model, config, int(total))
         assert ("WARNING: the run may need 31.0 GB" in capsys.readouterr().out) == (outcome == "warned")
 
 
 def fitted(model, tmp_path, gigabytes: float, *words: str, smaller: bool = True) -> tuple:
-    config = settings(tmp_path, *words)
-    fit(model, config, 256, int(gigabytes * 1e9), smaller=smaller)
+    config = settings(tmp_path, *words, "--fit_memory", str(smaller).lower())
+    fit(model, config, int(gigabytes * 1e9))
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 64, "a step stays a step"
     assert config.per_device_train_batch_size * config.steps_per_generation == config.generation_batch_size
     return config.per_device_train_batch_size, config.gradient_checkpointing
@@ -113,7 +114,7 @@ def test_passes_stay_as_they_are_where_the_user_insists(model, tmp_path):
 def test_vllms_share_counts_through_the_update_unless_it_sleeps(model, tmp_path):
     config = settings(tmp_path, "--gradient_checkpointing", "true")
     config.use_vllm, config.vllm_gpu_memory_utilization = True, 0.3
-    parts, total = gpu_memory(model, config, 256), int(80e9)
+    parts, total = gpu_memory(model, config), int(80e9)
     update = parts["casts"] + parts["activations"]
     assert parts["cache"] == 0, "vLLM's own, within its share"
     assert needed(parts, config, total) == held(parts) + update + int(24e9)

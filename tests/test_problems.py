@@ -1,10 +1,14 @@
 """Problems are loaded whole or refused with the file and the rows to mend."""
 
-import pytest
-from conftest import GSM8K, problem, write_jsonl
+from types import SimpleNamespace
 
-from gsm8k import BadInput, drop_long, is_path, load_problems, load_tokenizer, to_prompt, to_samples
-from rewards import SYSTEM_PROMPT
+import pytest
+from conftest import GSM8K, flags, problem, settings, write_jsonl
+
+import train_grpo
+from rewards import SYSTEM_PROMPT, to_prompt
+from support.errors import BadInput
+from support.problems import drop_long, is_path, load_problems, load_tokenizer
 
 
 def test_a_folder_gives_question_gold_and_rationale(data):
@@ -18,9 +22,12 @@ def test_a_folder_gives_question_gold_and_rationale(data):
     assert revision is None
 
 
-def test_samples_are_system_and_user_message_with_the_gold_answer(data):
+def test_samples_are_system_and_user_message_with_the_gold_answer(policy, data, tmp_path):
     problems, _ = load_problems(str(data), None, "test")
-    sample = to_samples(problems)[2]
+    words = flags(policy, data, tmp_path / "run", dataset_train_split="test")
+    samples, revision = train_grpo.load_samples(settings(*words), load_tokenizer(str(policy)))
+    sample = samples[2]
+    assert revision is None
     assert [message["role"] for message in sample["prompt"]] == ["system", "user"]
     assert sample["prompt"][0]["content"] == SYSTEM_PROMPT
     assert sample["prompt"][1]["content"] == problems[2]["question"]
@@ -125,8 +132,13 @@ def test_prompts_over_the_limit_are_dropped_and_those_at_it_kept(policy):
         len(tokenizer.apply_chat_template(s["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"])
         for s in samples
     ]
-    assert drop_long(samples, tokenizer, lengths[1], {}) == samples[:2]
-    assert drop_long(samples, tokenizer, lengths[1] - 1, {}) == samples[:1]
+
+    def kept(limit: int) -> list[dict]:
+        one_prompt = {"generation_batch_size": 4, "num_generations": 4, "chat_template_kwargs": {}}
+        return drop_long(samples, tokenizer, SimpleNamespace(max_prompt_length=limit, **one_prompt))
+
+    assert kept(lengths[1]) == samples[:2]
+    assert kept(lengths[1] - 1) == samples[:1]
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="the real GSM8K is not there")

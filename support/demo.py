@@ -13,8 +13,10 @@ import random
 import shutil
 from pathlib import Path
 
-from gsm8k import load_problems, to_prompt
-from rewards import TAGS, XML_COT_FORMAT
+from rewards import TAGS, XML_COT_FORMAT, to_prompt
+from support.evaluation import evaluate, table, task_of
+from support.problems import load_problems
+from support.record import write_whole
 
 # teaching
 TEACHING_STEPS = 700
@@ -25,15 +27,8 @@ INITIALIZER_RANGE = 0.08  # about 1/sqrt(128), the hidden size; at Qwen2's 0.02 
 FORMATTED_SHARE = 0.3  # of the targets; the rest answer in plain words
 
 # what a new demo removes of an earlier one in its folder, and nothing else
-REPLACED = (
-    "checkpoint-*[0-9]",
-    "cold-start",
-    "completions",
-    "run.json",
-    "model.safetensors",
-    "evaluation*.json*",
-    "curves*.png",
-)
+REPLACED = ["checkpoint-*[0-9]", "cold-start", "completions", "run.json", "model.safetensors", "evaluation*.json*"]
+REPLACED += ["curves*.png"]
 
 # problems
 PAIRS = [(a, b) for a in range(10, 100) for b in range(1, 10) if a % 10 + b < 10]  # 405 sums without a carry
@@ -106,26 +101,42 @@ def _teaching() -> dict:
     return {name: globals()[name] for name in (*names, "FORMATTED_SHARE", "INITIALIZER_RANGE", "HELD_OUT")}
 
 
-def prepare(output_dir: str, seed: int, use_cpu: bool, fresh: bool) -> None:
-    """Write the problems and teach the policy, unless an earlier demo with this seed left it; `fresh` removes what an
-    earlier demo's GRPO left, aloud."""
-    folder = Path(output_dir)
-    if fresh and (folder / "run.json").exists():
+def prepare(settings) -> None:
+    """Write the problems, teach the policy unless an earlier demo with this seed left it, and measure it. A new demo
+    removes what an earlier one's GRPO left, aloud."""
+    folder = Path(settings.output_dir)
+    if not settings.is_resumed and (folder / "run.json").exists():
         print(f"{folder}: the earlier demo run there is replaced, its taught policies are kept")
         for pattern in REPLACED:
             for path in folder.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_problems(folder / "problems")
-    taught = _taught(output_dir, seed)
+    taught = _taught(settings.output_dir, settings.seed)
     if taught.exists() and json.loads((taught / "teaching.json").read_text()) == _teaching():
         print(f"{taught}: taught by an earlier demo, GRPO starts from it")
-        return
-    if taught.exists():
-        print(f"{taught}: taught with other constants, replaced")
-        shutil.rmtree(taught)
-    problems, _ = load_problems(str(folder / "problems"), None, "train")
-    print(f"{taught}: teaching a tiny policy sums, {TEACHING_STEPS} supervised steps")
-    teach(taught, problems, seed, use_cpu)
+    else:
+        if taught.exists():
+            print(f"{taught}: taught with other constants, replaced")
+            shutil.rmtree(taught)
+        problems, _ = load_problems(str(folder / "problems"), None, "train")
+        print(f"{taught}: teaching a tiny policy sums, {TEACHING_STEPS} supervised steps")
+        teach(taught, problems, settings.seed, settings.use_cpu)
+    _measure(settings, settings.model_name_or_path, "before")
+
+
+def tell(settings) -> None:
+    """Measure the trained policy too, and print both."""
+    _measure(settings, settings.output_dir, "after")
+    folder = Path(settings.output_dir)
+    reports = {when: json.loads((folder / f"evaluation_{when}.json").read_text()) for when in ("before", "after")}
+    print(table({f"{when} GRPO": report for when, report in reports.items()}))
+
+
+def _measure(settings, policy: str, when: str) -> None:
+    """Greedy accuracy of a policy on all held-out problems, in OUTPUT_DIR/evaluation_`when`.json."""
+    print(f"evaluation {when}: greedy decoding on held-out problems")
+    report, _ = evaluate(policy, task_of(settings), use_vllm=settings.use_vllm, use_cpu=settings.use_cpu)
+    write_whole(Path(settings.output_dir) / f"evaluation_{when}.json", json.dumps(report, indent=2) + "\n")
 
 
 # ---- problems

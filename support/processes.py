@@ -2,6 +2,7 @@
 on. With one process all of it does nothing."""
 
 import os
+import re
 import sys
 import time
 
@@ -25,12 +26,19 @@ def is_sharded() -> bool:
     return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
-def hush_others() -> None:
-    """All but the main process print errors alone."""
-    if not is_main():
-        from transformers.utils import logging
+# remarks of Transformers about what is as it should be
+REMARKS = re.compile(r"new PAD/BOS/EOS|clean_up_tokenization_spaces|lm_head\.weight")
 
-        logging.disable_progress_bar()
+
+def quiet() -> None:
+    """Leave out what a user can do nothing about: Transformers' bars for files that are read or written in a moment,
+    and `REMARKS`. All but the main process print errors alone."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    for handler in logging.get_logger("transformers").handlers:
+        handler.addFilter(lambda record: not REMARKS.search(record.getMessage()))
+    if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
@@ -71,3 +79,8 @@ def part() -> None:
 
         wait()
         PartialState().destroy_process_group()
+
+
+def is_of_a_peer(error: Exception) -> bool:
+    """Whether this is how another process' end shows here."""
+    return count() > 1 and bool(re.search("onnection (closed|reset|refused)|NCCL|[gG]loo|Broken pipe", str(error)))

@@ -1,17 +1,13 @@
-"""GSM8K problems from the Hub or a local folder, checked row by row and turned into chat samples."""
+"""GSM8K problems from the Hub or a local folder, checked row by row; the tokenizer that measures their prompts."""
 
 import json
 import re
 from pathlib import Path
 
-from rewards import ONE_SHOT_ANSWER, ONE_SHOT_QUESTION, SYSTEM_PROMPT, extract_hash_answer, parse_number
+from rewards import extract_hash_answer, parse_number
+from support.errors import BadInput
 
 ROWS_NAMED = 5  # bad rows an error spells out; the rest are counted
-
-
-class BadInput(ValueError):
-    """What the user gave cannot be used: the message says what, where and what to change. Entry points print it
-    without a traceback."""
 
 
 # ---- problems
@@ -104,8 +100,8 @@ def _read_hub(name: str, config: str | None, split: str) -> tuple[list[tuple[int
         ) from error
     except (OSError, ValueError) as error:  # no such dataset, configuration or split
         raise BadInput(
-            f"dataset {name!r}, configuration {config!r}, split {split!r}: {error}. Check DATASET, DATASET_CONFIG and "
-            "the split names."
+            f"dataset {name!r}, configuration {config!r}, split {split!r}: {error}. Check DATASET_NAME, DATASET_CONFIG "
+            "and the split names."
         ) from error
     sources = " ".join(dataset.info.download_checksums or {})  # hf://datasets/owner/name@COMMIT/file
     revision = re.search(r"@([0-9a-f]{40})/", sources)
@@ -129,33 +125,7 @@ def _fault(row: object) -> str | None:
     return None
 
 
-# ---- chat samples
-
-
-def to_samples(problems: list[dict], one_shot: bool = False) -> list[dict]:
-    """`prompt` and `answer` (gold), the columns that GRPOTrainer and the rewards read, and `rationale`, for a cold
-    start."""
-    return [
-        {
-            "prompt": to_prompt(problem["question"], one_shot=one_shot),
-            "answer": problem["answer"],
-            "rationale": problem["rationale"],
-        }
-        for problem in problems
-    ]
-
-
-def to_prompt(question: str, system_prompt: str = SYSTEM_PROMPT, one_shot: bool = False) -> list[dict]:
-    """System and user message; with `one_shot`, a solved problem as an earlier turn between them."""
-    example = [
-        {"role": "user", "content": ONE_SHOT_QUESTION},
-        {"role": "assistant", "content": ONE_SHOT_ANSWER},
-    ]
-    return [
-        {"role": "system", "content": system_prompt},
-        *(example if one_shot else []),
-        {"role": "user", "content": question},
-    ]
+# ---- prompts
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False):
@@ -184,12 +154,20 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
-def drop_long(samples: list[dict], tokenizer, max_prompt_length: int, chat_template_kwargs: dict) -> list[dict]:
-    """The samples whose prompt, chat template included, has at most `max_prompt_length` tokens."""
-    encoded = tokenizer.apply_chat_template(
-        [sample["prompt"] for sample in samples],
-        add_generation_prompt=True,
-        return_dict=True,
-        **chat_template_kwargs,
-    )
-    return [s for s, ids in zip(samples, encoded["input_ids"], strict=True) if len(ids) <= max_prompt_length]
+def drop_long(samples: list[dict], tokenizer, settings) -> list[dict]:
+    """The samples whose prompt, chat template included, has at most MAX_PROMPT_LENGTH tokens.
+
+    Raises:
+        BadInput: fewer are left than prompts are generated at once.
+    """
+    limit, prompts_at_once = settings.max_prompt_length, settings.generation_batch_size // settings.num_generations
+    prompts = [sample["prompt"] for sample in samples]
+    options = {"add_generation_prompt": True, "return_dict": True, **(settings.chat_template_kwargs or {})}
+    token_ids = tokenizer.apply_chat_template(prompts, **options)["input_ids"]
+    kept = [sample for sample, ids in zip(samples, token_ids, strict=True) if len(ids) <= limit]
+    if len(kept) < prompts_at_once:
+        raise BadInput(
+            f"{len(kept)} problems are fewer than the {prompts_at_once} prompts that are generated at once: raise "
+            f"MAX_PROMPT_LENGTH ({limit}) or take more data"
+        )
+    return kept

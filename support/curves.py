@@ -1,9 +1,9 @@
 """Reward curves of one or several runs as a picture, from the runs' own logs.
 
-    python curves.py outputs/MyRun                       # writes outputs/MyRun/curves.png
-    python curves.py outputs/MyRun outputs/Other         # laid over each other: outputs/MyRun/curves-compared.png
+    python -m support.curves outputs/MyRun                   # writes outputs/MyRun/curves.png, as a run does itself
+    python -m support.curves outputs/MyRun outputs/Other     # laid over each other: outputs/MyRun/curves-compared.png
 
-Raw values are faint, smoothed ones bold. A run's folder gets its picture by itself at every save and at the end.
+Raw values are faint, smoothed ones bold.
 """
 
 import argparse
@@ -12,19 +12,14 @@ import os
 import sys
 from pathlib import Path
 
-from gsm8k import BadInput
-from record import printable
-from safeguards import checkpoints
+from transformers import TrainerCallback
 
-PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#E69F00",
-    "#000000",
-)  # Okabe and Ito's, colour-blind safe
+from support.checkpoints import checkpoints
+from support.errors import BadInput
+from support.record import printable
+
+# Okabe and Ito's, colour-blind safe
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # told apart in print too
 SMOOTHED_OVER = 20  # the bold line is a mean over 1/20 of the run
 
@@ -130,28 +125,27 @@ def smooth(values: list[float]) -> list[float]:
     return [sum(chunk) / len(chunk) for chunk in recent]
 
 
-def curves_callback(output_dir: str):
-    """Redraw the run's picture at every save and at the end."""
-    from transformers import TrainerCallback
+class Curves(TrainerCallback):
+    """Redraws the run's picture at every save and at the end."""
 
-    class Curves(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            if state.is_world_process_zero:
-                draw({output_dir: state.log_history}, Path(output_dir) / "curves.png")
+    def __init__(self, settings):
+        self.folder = settings.output_dir
 
-        on_train_end = on_save
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            draw({self.folder: state.log_history}, Path(self.folder) / "curves.png")
 
-    return Curves()
+    on_train_end = on_save
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; the picture goes into the first")
     folders = parser.parse_args(argv).runs
     try:
         logs = {str(folder): read_log(folder) for folder in folders}
     except BadInput as error:
-        sys.exit(f"curves.py: {error}")
+        sys.exit(f"curves: {error}")
     path = folders[0] / ("curves.png" if len(folders) == 1 else "curves-compared.png")
     draw(logs, path)
     print(f"written: {path}")

@@ -1,0 +1,143 @@
+"""Completions of a policy: greedy or sampled, by Transformers or by vLLM."""
+
+from importlib import metadata
+
+from support.checkpoints import checkpoints
+from support.errors import BadInput
+
+BATCH_SIZE = 64  # problems at a time
+VLLM_VERSIONS = ("0.22.0", "0.31.0")  # lowest and highest that TRL 1.16 supports
+
+
+def vllm_obstacle(use_cpu: bool = False) -> str | None:
+    """Why vLLM cannot generate here, None where it can: installed in a version that TRL supports, and a CUDA GPU."""
+    import torch
+    from packaging.version import Version
+
+    if use_cpu or not torch.cuda.is_available():
+        return "there is no CUDA GPU" if not use_cpu else "the run is on the CPU"
+    try:
+        installed = metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return "vLLM is not installed"
+    lowest, highest = map(Version, VLLM_VERSIONS)
+    if lowest <= Version(Version(installed).base_version) <= highest:  # without a local part such as +cu129
+        return None
+    return f"vLLM {installed} is installed, which TRL does not support"
+
+
+def load_policy(name: str, revision: str | None = None, use_cpu: bool = False, trust_remote_code: bool = False):
+    """The model, in bf16 on a GPU and fp32 on a CPU, ready for inference.
+
+    Raises:
+        BadInput: it cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        found = checkpoints(name)
+        hint = f" It holds {found[-1].name}: evaluate that." if found else ""
+        raise BadInput(f"model {name!r}: {str(error).strip()}{hint}") from error
+    return model.to(device).eval()
+
+
+def complete(
+    model,
+    tokenizer,
+    prompts: list[list[dict]],
+    max_completion_length: int,
+    batch_size: int = BATCH_SIZE,
+    chat_template_kwargs: dict | None = None,
+    progress: bool = True,
+    temperature: float = 0.0,
+) -> list[dict]:
+    """Completions of B conversational prompts, in their order: greedy, or sampled where `temperature` is above 0.
+
+    Prompts of similar length share a batch, the longest first, so that little is padded and a batch that does not fit
+    fails at once.
+
+    Returns:
+        B dicts of `text`, `tokens` (count, EOS included) and `truncated` (no EOS within the limit).
+    """
+    import torch
+    from tqdm import tqdm
+
+    eos_ids = _set_generation(model, tokenizer, max_completion_length, temperature)
+    token_ids = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, return_dict=True, **(chat_template_kwargs or {})
+    )["input_ids"]
+    order = sorted(range(len(prompts)), key=lambda i: -len(token_ids[i]))
+    completions: list[dict] = [{}] * len(prompts)
+    bar = tqdm(total=len(prompts), unit="problem", dynamic_ncols=True, disable=None if progress else True)
+    with bar, torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = tokenizer.pad(
+                {"input_ids": [token_ids[i] for i in chosen]}, padding_side="left", return_tensors="pt"
+            ).to(model.device)
+            output = model.generate(**batch)  # (chosen, prompt + completion)
+            for i, ids in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                end = next((at for at, token in enumerate(ids) if token in eos_ids), None)
+                ids = ids if end is None else ids[: end + 1]
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                completions[i] = {"text": text, "tokens": len(ids), "truncated": end is None}
+            bar.update(len(chosen))
+    return completions
+
+
+def _set_generation(model, tokenizer, max_completion_length: int, temperature: float) -> set[int]:
+    """Have `model` generate greedily, or sample from the whole distribution; returns the ids that end a completion."""
+    from transformers import GenerationConfig
+
+    declared = model.generation_config.eos_token_id
+    eos_ids = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+    # generate() fills what a given config leaves at its default from the model's own, such as Qwen2.5's repetition
+    # penalty of 1.05, so the model's own is replaced
+    model.generation_config = GenerationConfig(
+        **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}),
+        max_new_tokens=max_completion_length,
+        eos_token_id=sorted(eos_ids),
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return eos_ids
+
+
+def complete_with_vllm(
+    name: str,
+    tokenizer,
+    prompts: list[list[dict]],
+    max_completion_length: int,
+    chat_template_kwargs: dict,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[dict]:
+    """`complete` with vLLM, which loads the model itself and batches as it sees fit."""
+    import gc
+
+    from vllm import LLM, SamplingParams
+
+    token_ids = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, return_dict=True, **chat_template_kwargs
+    )["input_ids"]
+    longest = max(map(len, token_ids)) + max_completion_length
+    engine = LLM(
+        model=name,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dtype="bfloat16",
+        max_model_len=longest,
+        generation_config="vllm",  # not the model's own, which may sample or penalise repetition
+    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_completion_length)
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in token_ids], sampling)
+    completions = [output.outputs[0] for output in outputs]
+    del engine  # a comparison starts a second one
+    gc.collect()
+    return [{"text": c.text, "tokens": len(c.token_ids), "truncated": c.finish_reason == "length"} for c in completions]

@@ -1,0 +1,268 @@
+"""Checkpoints are whole or not there, and a run goes on only from its own: real files, a tiny policy."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import (
+    LONG,
+    ROOT,
+    flags,
+    identical,
+    problem,
+    refused,
+    resumed,
+    resumed_here,
+    same_run,
+    start,
+    weights,
+    write_jsonl,
+)
+
+from support.checkpoints import checkpoints, newest_whole
+
+DAMAGES = {
+    "no optimizer": ("optimizer.pt", None, "optimizer.pt is missing"),
+    "no scheduler": ("scheduler.pt", None, "scheduler.pt is missing"),
+    "no random state": ("rng_state.pth", None, "rng_state.pth is missing"),
+    "no trainer state": ("trainer_state.json", None, "trainer_state.json is missing"),
+    "no weights": ("model.safetensors", None, "model.safetensors is missing"),
+    "optimizer cut short": ("optimizer.pt", 0.5, "optimizer.pt is damaged"),
+    "optimizer empty": ("optimizer.pt", 0, "optimizer.pt is damaged"),
+    "random state cut short": ("rng_state.pth", 0.9, "rng_state.pth is damaged"),
+    "trainer state cut short": ("trainer_state.json", 0.5, "trainer_state.json is damaged"),
+    "trainer state empty": ("trainer_state.json", 0, "trainer_state.json is damaged"),
+    "weights cut short": ("model.safetensors", 0.99, "model.safetensors is damaged"),
+    "weights empty": ("model.safetensors", 0, "model.safetensors is damaged"),
+    "weights with a damaged header": ("model.safetensors", b"\xff" * 16, "model.safetensors is damaged"),
+}
+
+
+def damage(path: Path, how) -> None:
+    if how is None:
+        path.unlink()
+    elif isinstance(how, bytes):
+        path.write_bytes(how + path.read_bytes()[len(how) :])
+    else:
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * how)])
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_checkpoint_is_known_as_such(case, copy):
+    name, how, message = DAMAGES[case]
+    assert newest_whole(copy) == (copy / "checkpoint-24", [])
+    damage(copy / "checkpoint-24" / name, how)
+    checkpoint, skipped = newest_whole(copy)
+    assert checkpoint.name == "checkpoint-20"
+    assert skipped == [f"checkpoint-24 cannot be used: {message}"]
+
+
+KEPT_AFTER_EACH_SAVE = """
+import train_grpo
+from support import checkpoints
+whole = checkpoints.WholeCheckpoints._save_checkpoint
+def save(trainer, *args):
+    whole(trainer, *args)
+    folder = trainer.args.output_dir
+    print("kept", [path.name for path in checkpoints.checkpoints(folder) if checkpoints.flaw(path) is None])
+checkpoints.WholeCheckpoints._save_checkpoint = save
+train_grpo.main()
+"""
+
+
+def test_auto_skips_a_damaged_checkpoint_aloud_and_harmless_settings_may_change(copy, undisturbed, policy, data):
+    damage(copy / "checkpoint-24" / "optimizer.pt", None)
+    (copy / "model.safetensors").unlink()
+    changes = {
+        "save_steps": 2,
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "sample_every": 2,
+        "eval_steps": 0,
+        "gradient_checkpointing": "false",
+    }
+    words = flags(policy, data, copy, **{**LONG, **changes})
+    done = start(KEPT_AFTER_EACH_SAVE, *words, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "checkpoint-24 cannot be used: optimizer.pt is missing; taking checkpoint-20" in done.stdout
+    assert "resuming after step 20" in done.stdout
+    assert same_run(undisturbed, copy)
+    assert "kept ['checkpoint-22']" in done.stdout, "a damaged one does not count as the one to keep"
+    assert "kept ['checkpoint-24']" in done.stdout
+
+
+def test_without_a_whole_checkpoint_nothing_starts(copy, policy, data, capsys):
+    damage(copy / "checkpoint-24" / "optimizer.pt", 0)
+    damage(copy / "checkpoint-20" / "trainer_state.json", None)
+    words = flags(policy, data, copy, **LONG)
+    error = refused(capsys, 2, [*words, "--resume_from_checkpoint", "auto"])
+    assert "no checkpoint in" in error
+    assert "checkpoint-24 cannot be used: optimizer.pt is damaged" in error
+    assert "checkpoint-20 cannot be used: trainer_state.json is missing" in error
+    error = refused(capsys, 2, [*words, "--resume_from_checkpoint", copy / "checkpoint-24"])
+    assert "optimizer.pt is damaged; `auto` takes the newest whole" in error
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(copy, policy, data, capsys):
+    (copy / "cold-start").mkdir()
+    for path in checkpoints(copy):
+        shutil.rmtree(path)
+    words = flags(policy, data, copy, **LONG)
+    assert "a finished run without checkpoints" in refused(capsys, 2, [*words, "--resume_from_checkpoint", "auto"])
+
+
+def test_going_on_from_an_older_checkpoint_never_overwrites_a_newer_one(copy, policy, data, capsys):
+    words = flags(policy, data, copy, **LONG)
+    assert "the newer checkpoint-24" in refused(capsys, 2, [*words, "--resume_from_checkpoint", copy / "checkpoint-20"])
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+import train_grpo
+from support import checkpoints
+
+whole = checkpoints.WholeCheckpoints._save_checkpoint
+
+def names(folder):
+    return [path.name for path in checkpoints.checkpoints(folder) if checkpoints.flaw(path) is None]
+
+def save(trainer, *args):
+    # from the second checkpoint on: children of this process are killed at their first, second, ... file operation
+    before, moments = names(trainer.args.output_dir), 0
+    while len(before) == 2:
+        moments += 1
+        child = os.fork()
+        if child == 0:
+            left = moments
+            def count(event, details):
+                nonlocal left
+                if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+                    left -= 1
+                    if left == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            sys.addaudithook(count)
+            whole(trainer, *args)
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        now = names(trainer.args.output_dir)
+        visible = [path.name for path in checkpoints.checkpoints(trainer.args.output_dir)]
+        print("moment", moments, ended, before, now, visible, flush=True)
+        if ended == 0:
+            sys.exit(0)
+        assert before[-1] in now and visible == now, (before, now, visible)
+    whole(trainer, *args)
+
+checkpoints.WholeCheckpoints._save_checkpoint = save
+train_grpo.main()
+"""
+
+
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint_and_no_partial_one(policy, data, tmp_path):
+    done = start(KILLED_WHILE_SAVING, *flags(policy, data, tmp_path / "run", **{**LONG, "eval_steps": 0}))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    moments = [line for line in done.stdout.splitlines() if line.startswith("moment ")]
+    assert len(moments) > 15
+    assert "['checkpoint-8', 'checkpoint-12']" in moments[-1]
+
+
+def test_a_finished_run_is_complete_and_stays_as_it_is(copy, policy, data, capsys):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    out = resumed_here(capsys, flags(policy, data, copy, **LONG))
+    assert "already complete" in out
+    assert "\nstep " not in out
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_died_after_its_last_step_is_finished(copy, undisturbed, policy, data, capsys):
+    run = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**run, "outcome": "running"}))
+    damage(copy / "model.safetensors", 0.5)
+    resumed_here(capsys, flags(policy, data, copy, **LONG))
+    assert identical(weights(copy), weights(undisturbed))
+    assert json.loads((copy / "run.json").read_text())["outcome"] == "finished"
+    assert not (copy / "optimizer.pt").exists()
+
+
+def test_settings_that_shape_the_trajectory_must_be_the_runs(copy, policy, data, capsys):
+    changes = {"learning_rate": "2e-3", "max_steps": 48, "num_generations": 2, "seed": 1, "lr_scheduler_type": "linear"}
+    error = refused(capsys, 2, [*flags(policy, data, copy, **{**LONG, **changes}), "--resume_from_checkpoint", "auto"])
+    for line in (
+        "learning_rate: 0.001 -> 0.002",
+        "max_steps: 24 -> 48",
+        "num_generations: 4 -> 2",
+        "seed: 42 -> 1",
+        "lr_scheduler_type: 'cosine' -> 'linear'",
+        "--allow_changed_settings true",
+    ):
+        assert line in error
+    assert "save_steps" not in error
+
+
+def test_other_problems_are_not_the_same_run(copy, policy, data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(copy / "checkpoint-24")
+    words = flags(policy, tmp_path / "data", copy, **LONG)
+    run = json.loads((copy / "run.json").read_text())
+    run["settings"]["dataset_name"] = str(tmp_path / "data")
+    (copy / "run.json").write_text(json.dumps(run))
+    write_jsonl(tmp_path / "data" / "train.jsonl", [problem(a, 4) for a in range(32)])
+    assert "other problems" in refused(capsys, 2, [*words, "--resume_from_checkpoint", "auto"])
+
+
+def test_changed_settings_are_taken_when_the_user_says_so(copy, policy, data, capsys):
+    shutil.rmtree(copy / "checkpoint-24")
+    changes = {**LONG, "max_steps": 26, "learning_rate": "1e-5", "allow_changed_settings": "true"}
+    out = resumed_here(capsys, flags(policy, data, copy, **changes))
+    assert "changed on resuming: max_steps: 24 -> 26" in out
+    assert "changed on resuming: learning_rate: 0.001 -> 1e-05" in out
+    assert "step 21/26" in out
+    assert "step 20/26" not in out
+    log = json.loads((copy / "trainer_state.json").read_text())["log_history"]
+    rates = {row["step"]: row["learning_rate"] for row in log if "learning_rate" in row}
+    assert rates[20] > 5e-5
+    assert 0 < rates[21] < 1e-5, "the optimizer's own rate is not kept"
+
+
+WITH_A_LIMIT = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))  # bytes a file: the weights no longer fit
+import train_grpo
+train_grpo.main()
+"""
+
+
+def test_a_full_disk_while_saving_is_one_message_and_the_run_goes_on_later(copy, undisturbed, policy, data):
+    (copy / "model.safetensors").unlink()
+    shutil.rmtree(copy / "checkpoint-24")
+    words = flags(policy, data, copy, **LONG)
+    done = start(WITH_A_LIMIT, *words, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 1
+    assert "saving checkpoint-24 failed: " in done.stderr
+    assert "checkpoint-20 is the last whole checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in copy.iterdir() if "checkpoint" in path.name) == ["checkpoint-20"]
+    assert not (copy / ".saving").exists()
+    resumed(copy, words)
+    assert same_run(undisturbed, copy)
+
+
+def test_a_run_that_cannot_fit_on_the_disk_is_refused_before_training(policy, data, tmp_path):
+    """On a file system of 2 MB: a policy of 0.4 MB with its AdamW states, three times."""
+    script = 'mount -t tmpfs -o size=2m small "$1" && shift && exec "$@"'
+    inside = [sys.executable, str(ROOT / "train_grpo.py"), *flags(policy, data, tmp_path / "run", **LONG)]
+    (tmp_path / "run").mkdir()
+    for unshare in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
+        words = [*unshare, "sh", "-c", script, "sh", str(tmp_path / "run")]
+        if shutil.which("unshare") and subprocess.run([*words, "true"], capture_output=True).returncode == 0:
+            break
+    else:
+        pytest.skip("no small file system can be mounted here")
+    done = subprocess.run([*words, *inside], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "SAVE_TOTAL_LIMIT 2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "step " not in done.stdout

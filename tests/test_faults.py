@@ -1,0 +1,228 @@
+"""A run survives what happens to runs: real processes, real signals, real files, a tiny policy."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    LONG,
+    ROOT,
+    SLOW,
+    ended,
+    flags,
+    identical,
+    launch,
+    refused,
+    resumed,
+    same_run,
+    settings,
+    start,
+    until,
+    weights,
+)
+from safetensors.torch import save_file
+
+import rewards
+import train_grpo
+from support import memory
+from support.checkpoints import checkpoints, newest_whole
+from support.errors import RunStopped
+from support.faults import faults_explained, locked, out_of_memory, protected
+
+
+def test_a_run_killed_in_mid_step_resumes_to_the_same_run(undisturbed, policy, data, tmp_path):
+    words = flags(policy, data, tmp_path / "run", **LONG)
+    process = launch("train_grpo.py", *words)
+    until(process, "step  7/24")
+    process.kill()
+    process.communicate()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "running"
+    assert newest_whole(tmp_path / "run")[0].name in ("checkpoint-4", "checkpoint-8", "checkpoint-12")
+    resumed(tmp_path / "run", words)
+    assert same_run(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_prints_how_to_go_on(number, status, undisturbed, policy, data, tmp_path):
+    process = launch("train_grpo.py", *flags(policy, data, tmp_path / "run", **LONG))
+    until(process, "step  6/24")
+    process.send_signal(number)
+    out, errors = process.communicate()
+    assert process.returncode == status, errors[-4000:]
+    assert "a second signal stops at once" in errors
+    assert "Traceback" not in errors
+    last = [line for line in out.splitlines() if line.startswith("step ")][-1:]
+    saved = newest_whole(tmp_path / "run")[0]
+    assert not last or f"{saved.name.removeprefix('checkpoint-')}/24" in last[0]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"].startswith("stopped")
+    assert not (tmp_path / "run" / "model.safetensors").exists(), "what is not finished does not look finished"
+
+    command = shlex.split(errors.strip().splitlines()[-1])
+    assert command[0] == "python"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    subprocess.run([sys.executable, *command[1:]], cwd=ROOT, env=env, check=True, capture_output=True)
+    assert same_run(undisturbed, tmp_path / "run")
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in log if "eval_n" in row] == [0, 8, 16, 24], "no measurement is lost"
+
+
+def test_a_stop_waits_until_what_was_generated_is_used_up(policy, data, tmp_path):
+    """With several steps a generation, a resume is exact only where a new generation begins."""
+    settings = {**LONG, "save_steps": 3, "eval_steps": 0, "steps_per_generation": 4, "num_iterations": 2}
+    whole = start("train_grpo.py", *flags(policy, data, tmp_path / "whole", **settings))
+    assert "not exact: SAVE_STEPS 3 does not fall on a generation's end, every 4 steps" in whole.stdout
+    words = flags(policy, data, tmp_path / "run", **settings)
+    process = launch("train_grpo.py", *words)
+    until(process, "step  5/24")
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 143
+    saved = newest_whole(tmp_path / "run")[0]
+    assert int(saved.name.removeprefix("checkpoint-")) % 4 == 0
+    resumed(tmp_path / "run", words)
+    assert identical(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_a_second_signal_stops_at_once(policy, data, tmp_path):
+    process = launch("train_grpo.py", *flags(policy, data, tmp_path / "run", **SLOW))
+    until(process, "resume  ")
+    process.send_signal(signal.SIGTERM)
+    for line in process.stderr:
+        if "a second signal" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == -signal.SIGTERM
+    assert not checkpoints(tmp_path / "run")
+
+
+def pay(value: float, step: int):
+    """A reward function that goes wrong in that step."""
+
+    def mine_reward_func(completions, trainer_state, **kwargs):
+        return [value if trainer_state.global_step == step - 1 else 0.0 for _ in completions]
+
+    return mine_reward_func
+
+
+def spoil(what: str, step: int):
+    """`protected`, for a trainer whose gradient or loss goes wrong in that step."""
+
+    def spoiled(trainer, run):
+        if what == "gradient":
+            weight = next(trainer.model.parameters())
+            weight.register_hook(lambda grad: grad * (math.nan if trainer.state.global_step == step - 1 else 1))
+        else:
+            honest = trainer.compute_loss
+            trainer.compute_loss = lambda *args, **kwargs: (
+                honest(*args, **kwargs) + (math.inf if trainer.state.global_step == step - 1 else 0)
+            )
+        return protected(trainer, run)
+
+    return spoiled
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (math.nan, "step 6: mine_reward_func paid nan for completion 0 of 8 (8 such)"),
+        (-math.inf, "step 6: mine_reward_func paid -inf"),
+        ("gradient", "step 6: the gradient is nan"),
+        ("loss", "step 6: the loss is inf"),
+    ],
+)
+def test_a_number_that_is_none_ends_the_run_before_the_weights_change(
+    value, message, policy, data, tmp_path, monkeypatch, capsys
+):
+    if isinstance(value, str):
+        monkeypatch.setattr(train_grpo, "protected", spoil(value, step=6))
+    else:
+        monkeypatch.setattr(rewards, "REWARD_FUNCS", [*rewards.REWARD_FUNCS, pay(value, step=6)])
+    run = tmp_path / "run"
+    _, error = ended(capsys, 1, flags(policy, data, run, **{**LONG, "eval_steps": 0}))
+    assert message in error
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-4"]
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run / "checkpoint-4").values())
+    assert not (run / "model.safetensors").exists()
+    assert json.loads((run / "run.json").read_text())["outcome"].startswith("failed")
+
+
+def test_a_policy_that_blows_up_is_explained(policy, data, tmp_path, capsys):
+    settings = {**LONG, "learning_rate": "1e30", "warmup_steps": "0", "save_steps": 1}
+    _, error = ended(capsys, 1, flags(policy, data, tmp_path / "run", **settings))
+    assert "Lower LEARNING_RATE" in error
+    for path in checkpoints(tmp_path / "run"):
+        assert all(torch.isfinite(tensor).all() for tensor in weights(path).values())
+
+
+def test_a_policy_with_a_weight_that_is_no_number_is_refused(policy, data, tmp_path, capsys):
+    shutil.copytree(policy, tmp_path / "model")
+    tensors = weights(policy)
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    error = refused(capsys, 1, flags(tmp_path / "model", data, tmp_path / "run", **LONG))
+    assert "the policy to start from holds weights that are infinite or not a number" in error
+
+
+def test_out_of_memory_names_what_to_lower_in_order_of_effect():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "settle", lambda settings: None)  # the default model is not here
+        config = settings("--gradient_checkpointing", "false", "--beta", "0.1")
+    text = out_of_memory(memory.remedies(config), peak=39_500_000_000, total=42_300_000_000)
+    assert "39.5 GB of 42.3 GB" in text
+    order = [
+        "GRADIENT_CHECKPOINTING = True",
+        "PER_DEVICE_TRAIN_BATCH_SIZE 16 -> 8, with GRADIENT_ACCUMULATION_STEPS 4 -> 8",
+        "MAX_COMPLETION_LENGTH below 512",
+        "BETA = 0",
+        "--use_peft true",
+        "a smaller MODEL_NAME_OR_PATH",
+    ]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_out_of_memory_on_cuda_is_one_message(policy, data, tmp_path):
+    config = settings(*flags(policy, data, tmp_path / "run"))
+    with pytest.raises(RunStopped, match=r"CUDA is out of memory: .* in use at the peak"), faults_explained(config):
+        torch.empty(10**15, device="cuda")
+
+
+class Payload:
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_hostile_checkpoint_runs_no_code(name, copy, policy, data, tmp_path, capsys):
+    shutil.rmtree(copy / "checkpoint-24")
+    torch.save(Payload(tmp_path / "canary"), copy / "checkpoint-20" / name)
+    error = refused(capsys, 1, [*flags(policy, data, copy, **LONG), "--resume_from_checkpoint", "auto"])
+    assert "it was not loaded" in error
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_second_run_on_the_same_folder_is_refused(policy, data, tmp_path, capsys):
+    words = flags(policy, data, tmp_path / "run", **SLOW)
+    process = launch("train_grpo.py", *words)
+    until(process, "problems to train on")
+    assert "another run is writing to" in refused(capsys, 2, words)
+    with pytest.raises(RunStopped, match="another run is writing to"), locked(str(tmp_path / "run")):
+        pass
+    process.kill()
+    process.communicate()
+    with locked(str(tmp_path / "run")):
+        pass  # a killed run's lock has gone with it

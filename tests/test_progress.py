@@ -1,0 +1,41 @@
+"""What is printed says how the run goes, and warns where it goes wrong."""
+
+import pytest
+
+from rewards import REWARD_FUNCS
+from support.progress import closing_remark, step_line
+
+
+def log_of(rewards: list[float], lenient: dict[int, float], n: int = 200) -> list[dict]:
+    log = [{"step": step, "reward": reward} for step, reward in enumerate(rewards, start=1)]
+    return log + [{"step": step, "eval_lenient_accuracy": value, "eval_n": n} for step, value in lenient.items()]
+
+
+RISING = [0.1 * step for step in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("log", "warns", "reason"),
+    [
+        (log_of(RISING, {0: 0.5, 30: 0.6, 40: 0.4}), True, "reward up, accuracy far down"),
+        (log_of(RISING, {0: 0.5, 30: 0.6, 40: 0.57}), False, "within the interval of 200 problems"),
+        (log_of(RISING, {0: 0.5, 30: 0.6, 40: 0.57}, n=20000), True, "but not of 20,000"),
+        (log_of(RISING, {0: 0.2, 30: 0.5, 40: 0.7}), False, "both up"),
+        (log_of(RISING[::-1], {0: 0.5, 30: 0.6, 40: 0.4}), False, "both down: no hacking, just worse"),
+        (log_of(RISING, {0: 0.6, 20: 0.6, 40: 0.4}), True, "measured before the last quarter only"),
+        (log_of(RISING, {}), False, "never measured"),
+        (log_of(RISING[:3], {0: 0.6, 3: 0.1}), False, "three steps are no quarter"),
+    ],
+)
+def test_reward_up_and_accuracy_down_is_called_out(log, warns, reason):
+    assert (closing_remark(log) is not None) == warns, reason
+
+
+def test_a_steps_line_is_at_most_160_characters_wide():
+    rewards = {f"rewards/{function.__name__}/mean": 0.475 for function in REWARD_FUNCS}
+    shares = {"completions/clipped_ratio": 1.0, "frac_reward_zero_std": 1.0}
+    numbers = {"reward": 3.8125, "reward_std": 0.8391, "completions/mean_length": 511.6, "step_time": 123.4}
+    small = {"entropy": 0.012345, "grad_norm": 0.012345, "learning_rate": 4.9876e-06}
+    line = step_line(1868, 1868, {**rewards, **shares, **numbers, **small})
+    assert len(line) <= 160, line
+    assert " 3.81 " in line
