@@ -87,6 +87,7 @@ LORA_LEARNING_RATE_FACTOR = 10  # an adapter wants about ten times the full mode
 # (benchmarks/step_time.py; a GPU is not measured yet): one generation a step 1.14, no reference model 1.22, no
 # recomputation 1.27, and of Transformers' defaults SDPA attention 1.04 and AdamW in one kernel 1.03. TF32 is left
 # alone: with bf16 compute no large product is in fp32.
+LEAN_STEP = True  # compute no padding and no completion of advantage 0: the same gradient; False: as TRL does it
 DTYPE = "float32"  # master weights: in bf16 most of a small update rounds away (benchmarks/precision.py)
 BF16 = True  # compute in bf16
 USE_VLLM = None  # None: vLLM in this process where it is installed and a GPU is there; True and False insist

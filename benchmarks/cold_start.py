@@ -17,7 +17,7 @@ from statistics import mean, stdev
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import demo  # noqa: E402
+from support import demo  # noqa: E402
 
 EXAMPLES = 64
 ENOUGH = 90.0  # per cent
@@ -62,7 +62,7 @@ def main() -> None:
     steps = {0: [], EXAMPLES: []}
     print("seed  examples  strict at step 0  steps to 90%  seconds")
     for seed in args.seeds:
-        demo.prepare(str(args.out), seed, use_cpu=demo.settings()["use_cpu"], fresh=False)
+        demo.make_world(args.out, seed, use_cpu=demo.settings()["use_cpu"])
         for examples, reached in steps.items():
             step, first, seconds = steps_to_enough(args.out / f"{seed}-{examples}", args.out, seed, examples)
             reached.append(step)

@@ -1,4 +1,4 @@
-"""GPU memory by model size and method, and what the recipe chooses by it, computed by support/memory.py with its constants.
+"""GPU memory by model size and method, and what the recipe chooses by it, as support/memory.py computes them.
 
     python benchmarks/gpu_memory.py
 

@@ -4,8 +4,9 @@
 
 - start: `train_grpo.py --help` and a configuration error, against a process that only imports TRL's config classes.
 - rewards: microseconds that the five functions together take a completion, at 250 to 64,000 characters.
-- evaluation: 1,319 problems by evaluate.py's `complete`, against one bare `generate` loop over the same prompts, sorted
-  by length, at the better of several batch sizes. A tiny random policy, so that what is not the model weighs most.
+- evaluation: 1,319 problems by support/generation.py's `complete`, against one bare `generate` loop over the same
+  prompts, sorted by length, at the better of several batch sizes. A tiny random policy, so that what is not the model
+  weighs most.
 
 What is compared takes turns; ratios are medians with the smallest and the largest.
 """
@@ -76,13 +77,14 @@ def evaluation(rounds: int, out: Path) -> None:
     import torch
     from transformers import Qwen2ForCausalLM
 
-    import demo
-    from evaluate import complete
-    from gsm8k import load_problems, to_prompt
+    from rewards import to_prompt
+    from support import demo
+    from support.generation import complete
+    from support.problems import load_problems
 
     demo.write_problems(out / "problems")
     problems, _ = load_problems(str(out / "problems"), None, "train")
-    tokenizer = demo._train_tokenizer(problems)
+    tokenizer = demo.train_tokenizer(problems)
     torch.manual_seed(0)
     policy = Qwen2ForCausalLM(demo.architecture(tokenizer)).eval()
     policy.generation_config.eos_token_id = None  # every batch takes all its tokens

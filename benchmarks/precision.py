@@ -75,14 +75,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/precision"))
     args = parser.parse_args()
 
-    import demo
     import train_grpo
+    from support import demo
 
     args.out = args.out.absolute()
     args.learning_rate = args.learning_rate or (train_grpo.LEARNING_RATE if args.model else demo.LEARNING_RATE)
     if args.model is None:
         for seed in args.seeds:
-            demo.prepare(str(args.out / "demo"), seed, args.use_cpu, fresh=False)
+            demo.make_world(args.out / "demo", seed, args.use_cpu)
         args.dataset = args.out / "demo" / "problems"
     args.folder = lambda seed: Path(args.model or args.out / "demo" / f"taught-{seed}")
 

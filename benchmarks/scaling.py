@@ -101,13 +101,13 @@ def main() -> None:
         return
     import torch
 
-    import demo
+    from support import demo
 
     if not args.use_cpu and not torch.cuda.is_available():
         sys.exit("scaling.py: no CUDA GPU is visible; --use_cpu measures on the CPU")
     if args.model is None:
-        demo.prepare(str(args.out / "demo"), 42, args.use_cpu, fresh=False)
-        args.model, args.dataset = args.out / "demo" / "taught-42", args.out / "demo" / "problems"
+        args.model = demo.make_world(args.out / "demo", 42, args.use_cpu)
+        args.dataset = args.out / "demo" / "problems"
     cases = {
         (n, kind): COMPLETIONS * (n if kind == "weak" else 1) for n in args.processes for kind in ("strong", "weak")
     }

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import demo  # noqa: E402
-from safeguards import checkpoints  # noqa: E402
+from support import demo  # noqa: E402
+from support.checkpoints import checkpoints  # noqa: E402
 
 SEED = 42  # of the policy and of both runs
 STATUS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
-    demo.prepare(str(args.out), SEED, use_cpu=True, fresh=False)
+    demo.make_world(args.out, SEED, use_cpu=True)
 
     memory = left_alone(args.out, args.out / "left-alone", args.steps)
     rss = [mean(memory[step] for step in memory if k < 10 * step / args.steps <= k + 1) for k in range(10)]

@@ -18,6 +18,8 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -36,6 +38,7 @@ ORIGINAL = {  # the widely copied gist: bf16 weights, KL to a reference model, a
 SETTINGS = {
     "original": ORIGINAL,
     "recipe": {},
+    "trl": {"lean_step": "false"},  # the recipe's settings with TRL's own update
     "bare": {},  # the recipe's settings in a plain GRPOTrainer: no samples, lines, curves or safeguards
     "transformers": {"use_vllm": "false"},
     "vllm": {"use_vllm": "true"},
@@ -62,9 +65,14 @@ SETTINGS = {
 def measure(name: str, args) -> dict:
     """Train a few steps; seconds and tokens of each but the first."""
     import torch
+    import trl
 
     import train_grpo
-    from memory import device_memory, gpu_memory, needed
+    from support.faults import protected
+    from support.memory import device_memory, gpu_memory, needed
+    from support.problems import load_tokenizer
+    from support.record import Run
+    from support.settings import read_settings
 
     words = {
         "model_name_or_path": str(args.folder),
@@ -78,42 +86,36 @@ def measure(name: str, args) -> dict:
         **SETTINGS[name],
     }
     words.setdefault("bf16", str(args.bf16).lower())
-    recipe, config, model_config = train_grpo.read_settings([w for k, v in words.items() for w in (f"--{k}", v)])
-    tokenizer, samples = _load(recipe, config, model_config)
-    train_grpo.fit_memory(recipe, config, model_config)
-    build = _bare if name in ("original", "bare") else train_grpo.build_trainer
-    trainer = build(recipe, config, model_config, tokenizer, samples, model_config.model_name_or_path)
-    if build is train_grpo.build_trainer:
-        train_grpo.protect(trainer)
+    settings = read_settings(vars(train_grpo), [word for k, v in words.items() for word in (f"--{k}", v)])
+    tokenizer = load_tokenizer(settings.model_name_or_path)
+    samples, _ = train_grpo.load_samples(settings, tokenizer)
+    is_bare = name in ("original", "bare")
+    if is_bare:
+        trainer = _bare(settings, tokenizer, samples)
+    else:
+        trainer = train_grpo.build_trainer(settings, tokenizer, samples, [], settings.model_name_or_path)
     if name == "cast-each-token":
-        del trainer._generate_single_turn
-    clock = _clock(trainer)
-    trainer.train()
-    is_cuda = config.device.type == "cuda"
-    parts = gpu_memory(trainer.model, config, recipe.max_prompt_length)
+        trainer._generate_single_turn = partial(trl.GRPOTrainer._generate_single_turn, trainer)
+    with nullcontext() if is_bare else protected(trainer, Run(settings)):
+        clock = _clock(trainer)
+        trainer.train()
+    is_cuda = settings.device.type == "cuda"
+    parts = gpu_memory(trainer.model, settings)
     return {
         **{key: [row[key] for row in clock.steps[1:]] for key in clock.steps[0]},
-        "generations_a_step": config.gradient_accumulation_steps // config.steps_per_generation,
-        "batch": config.per_device_train_batch_size,
-        "checkpointing": bool(config.gradient_checkpointing),
+        "generations_a_step": settings.gradient_accumulation_steps // settings.steps_per_generation,
+        "batch": settings.per_device_train_batch_size,
+        "checkpointing": bool(settings.gradient_checkpointing),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "peak_bytes": torch.cuda.max_memory_allocated()
         if is_cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "computed_bytes": needed(parts, config, device_memory(config.device)) if is_cuda else None,
+        "computed_bytes": needed(parts, settings, device_memory(settings.device)) if is_cuda else None,
         "device": torch.cuda.get_device_name() if is_cuda else f"{os.cpu_count()} CPU cores",
     }
 
 
-def _load(recipe, config, model_config):
-    import train_grpo
-    from gsm8k import load_tokenizer
-
-    tokenizer = load_tokenizer(model_config.model_name_or_path)
-    return tokenizer, train_grpo.load_samples(recipe, config, tokenizer)[0]
-
-
-def _bare(recipe, config, model_config, tokenizer, samples, policy):
+def _bare(settings, tokenizer, samples):
     from datasets import Dataset
     from trl import GRPOTrainer, get_peft_config
 
@@ -121,12 +123,12 @@ def _bare(recipe, config, model_config, tokenizer, samples, policy):
 
     dataset = Dataset.from_list(samples).select_columns(["prompt", "answer"])
     return GRPOTrainer(
-        policy,
+        settings.model_name_or_path,
         REWARD_FUNCS,
-        args=config,
+        args=settings,
         train_dataset=dataset,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_config),
+        peft_config=get_peft_config(settings),
     )
 
 
@@ -180,7 +182,7 @@ def _clock(trainer):
     timed(trainer, "_generate_single_turn", "generation", count)
     timed(trainer, "_calculate_rewards", "scoring")
     for callback in trainer.callback_handler.callbacks:
-        if type(callback).__module__ in ("safeguards", "record", "curves"):
+        if type(callback).__module__.startswith("support."):
             for event in ("on_step_begin", "on_pre_optimizer_step", "on_substep_end", "on_step_end", "on_log"):
                 timed(callback, event, "callbacks")
     trainer.add_callback(clock)
@@ -236,16 +238,15 @@ def prepare(args) -> None:
     """Fill in the model's folder and the problems; a shape gets random weights and the demo's tokenizer."""
     import torch
 
-    import demo
     from benchmarks.gpu_memory import SHAPES, shaped
-    from gsm8k import load_problems
+    from support import demo
+    from support.problems import load_problems
 
     if args.dataset is None:
         args.dataset = args.out / "problems"
         demo.write_problems(args.dataset)
     if args.model == "demo":
-        demo.prepare(str(args.out / "demo"), 42, args.use_cpu, fresh=False)
-        args.folder = args.out / "demo" / "taught-42"
+        args.folder = demo.make_world(args.out / "demo", 42, args.use_cpu)
     elif args.model in SHAPES:
         args.folder = args.out / f"random-{args.model}"
         if not (args.folder / "config.json").is_file():
@@ -253,7 +254,7 @@ def prepare(args) -> None:
             model = shaped(args.model).to(torch.bfloat16).to_empty(device="cpu")
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
-            tokenizer = demo._train_tokenizer(load_problems(str(args.dataset), None, "train")[0])
+            tokenizer = demo.train_tokenizer(load_problems(str(args.dataset), None, "train")[0])
             model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
             model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
             tokenizer.save_pretrained(args.folder)

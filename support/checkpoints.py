@@ -157,7 +157,8 @@ def _changed_settings(run: dict, settings) -> list[str]:
     if "settings" not in run:
         return []
     now = json.loads(json.dumps(describe(settings), default=str))
-    before = {**run["settings"], "SYSTEM_PROMPT": run.get("system_prompt")}
+    # a run from before there was a lean step rounds as without one
+    before = {"lean_step": False, **run["settings"], "SYSTEM_PROMPT": run.get("system_prompt")}
     after = {**now["settings"], "SYSTEM_PROMPT": now["system_prompt"]}
     for values, count in ((before, run.get("processes", 1)), (after, processes.count())):
         for name in ("gradient_accumulation_steps", "steps_per_generation"):  # how completions are split is no matter

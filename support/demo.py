@@ -1,22 +1,24 @@
-"""The demo's world: made-up sums as word problems, and a tiny policy that can add but rarely formats.
+"""The demo's world: made-up sums as word problems, and a tiny policy whose teacher was careless.
 
 `python train_grpo.py --demo` runs the real recipe on it, offline, in minutes on two CPU cores. The policy is a Qwen2 of
-0.8M parameters with a small BPE tokenizer of its own. It is first taught sums with supervised learning in mixed style:
-30% of the targets in the required format, 70% as 'a + b = c. The answer is c.' Greedy decoding then picks the common
-style, so strict accuracy starts near 0, while sampling finds the format often enough for GRPO to learn from.
+0.8M parameters with a small BPE tokenizer of its own. It is first taught sums with supervised learning, by a teacher
+who writes the required format in 30% of the solutions and forgets the carry in 60% of the sums that have one. Greedy
+decoding then picks the common way of both, so strict accuracy starts near 0 and lenient accuracy near 60%, while
+sampling finds the rarer way often enough for GRPO to learn from: first the format, then the carry.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
 from rewards import TAGS, XML_COT_FORMAT, to_prompt
-from support.evaluation import evaluate, table, task_of
+from support.evaluation import compare, evaluate, in_words, table, task_of
 from support.problems import load_problems
-from support.record import write_whole
+from support.record import printable, write_whole
 
 # teaching
 TEACHING_STEPS = 700
@@ -24,14 +26,15 @@ TEACHING_BATCH_SIZE = 16  # targets a step; small steps and many of them: 500 of
 TEACHING_LEARNING_RATE = 2e-3
 TEACHING_WEIGHT_DECAY = 0.5  # held-out sums come out right more often than at 0.1 or 0
 INITIALIZER_RANGE = 0.08  # about 1/sqrt(128), the hidden size; at Qwen2's 0.02 it can't add after 500 steps
-FORMATTED_SHARE = 0.3  # of the targets; the rest answer in plain words
+FORMATTED_SHARE = 0.3  # of the solutions; the rest answer in plain words
+FORGOTTEN_SHARE = 0.6  # of the sums with a carry, whose result is then 10 too small
 
 # what a new demo removes of an earlier one in its folder, and nothing else
 REPLACED = ["checkpoint-*[0-9]", "cold-start", "completions", "run.json", "model.safetensors", "evaluation*.json*"]
 REPLACED += ["curves*.png"]
 
 # problems
-PAIRS = [(a, b) for a in range(10, 100) for b in range(1, 10) if a % 10 + b < 10]  # 405 sums without a carry
+PAIRS = [(a, b) for a in range(10, 100) for b in range(1, 10)]  # 810 sums, half of them with a carry
 HELD_OUT = 100  # pairs of summands that appear neither in teaching nor in GRPO, as two problems each
 
 TEMPLATES = (
@@ -47,8 +50,8 @@ THINGS = ("shells", "stamps", "pears", "books", "cups", "coins", "kites", "pens"
 LEARNING_RATE = 1e-4  # 20 times the recipe's: the policy is 2,000 times smaller
 COLD_START_LEARNING_RATE = 5e-4  # for --cold_start_examples; a quarter of the teaching's
 COLD_START_EPOCHS = 4
-MAX_STEPS = 80
-MAX_COMPLETION_LENGTH = 48  # tokens; a formatted answer takes about 25
+MAX_STEPS = 120
+MAX_COMPLETION_LENGTH = 48  # tokens; a formatted answer takes about 35
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -91,59 +94,80 @@ def name_sources(flags: argparse.Namespace) -> None:
     flags.dataset_name = str(Path(flags.output_dir) / "problems")
 
 
-def _taught(output_dir: str, seed: int) -> Path:
+def _taught(output_dir: str | Path, seed: int) -> Path:
     return Path(output_dir) / f"taught-{seed}"
 
 
 def _teaching() -> dict:
     """The constants that the taught policy depends on."""
     names = [name for name in globals() if name.startswith("TEACHING_")]
-    return {name: globals()[name] for name in (*names, "FORMATTED_SHARE", "INITIALIZER_RANGE", "HELD_OUT")}
+    return {
+        name: globals()[name]
+        for name in (*names, "FORMATTED_SHARE", "FORGOTTEN_SHARE", "INITIALIZER_RANGE", "HELD_OUT")
+    }
 
 
 def prepare(settings) -> None:
-    """Write the problems, teach the policy unless an earlier demo with this seed left it, and measure it. A new demo
-    removes what an earlier one's GRPO left, aloud."""
+    """Make the demo's world, and measure the policy that GRPO starts from. What an earlier demo's GRPO left is removed,
+    aloud."""
     folder = Path(settings.output_dir)
     if not settings.is_resumed and (folder / "run.json").exists():
         print(f"{folder}: the earlier demo run there is replaced, its taught policies are kept")
         for pattern in REPLACED:
             for path in folder.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_problems(folder / "problems")
-    taught = _taught(settings.output_dir, settings.seed)
-    if taught.exists() and json.loads((taught / "teaching.json").read_text()) == _teaching():
-        print(f"{taught}: taught by an earlier demo, GRPO starts from it")
-    else:
-        if taught.exists():
-            print(f"{taught}: taught with other constants, replaced")
-            shutil.rmtree(taught)
-        problems, _ = load_problems(str(folder / "problems"), None, "train")
-        print(f"{taught}: teaching a tiny policy sums, {TEACHING_STEPS} supervised steps")
-        teach(taught, problems, settings.seed, settings.use_cpu)
+    make_world(settings.output_dir, settings.seed, settings.use_cpu)
     _measure(settings, settings.model_name_or_path, "before")
 
 
+def make_world(output_dir: str | Path, seed: int, use_cpu: bool) -> Path:
+    """Write the problems, and teach the policy unless an earlier demo with this seed left it; returns its folder."""
+    problems, taught = Path(output_dir) / "problems", _taught(output_dir, seed)
+    write_problems(problems)
+    if taught.exists() and json.loads((taught / "teaching.json").read_text()) == _teaching():
+        print(f"{taught}: taught by an earlier demo, GRPO starts from it")
+        return taught
+    if taught.exists():
+        print(f"{taught}: taught with other constants, replaced")
+        shutil.rmtree(taught)
+    print(f"{taught}: teaching a tiny policy sums, {TEACHING_STEPS} supervised steps")
+    teach(taught, load_problems(str(problems), None, "train")[0], seed, use_cpu)
+    return taught
+
+
 def tell(settings) -> None:
-    """Measure the trained policy too, and print both."""
+    """Measure the trained policy too; print both, what the paired tests say of the two halves, and one problem."""
     _measure(settings, settings.output_dir, "after")
-    folder = Path(settings.output_dir)
-    reports = {when: json.loads((folder / f"evaluation_{when}.json").read_text()) for when in ("before", "after")}
-    print(table({f"{when} GRPO": report for when, report in reports.items()}))
+    (before, was), (after, now) = (_measured(settings, when) for when in ("before", "after"))
+    print(table({"before GRPO": before, "after GRPO": after}))
+    print(f"the format and the sums (strict): {in_words(compare(now, was))}")
+    print(f"the sums alone (lenient): {in_words(compare(now, was, 'lenient'))}")
+    both = list(zip(was, now, strict=True))
+    mended = [pair for pair in both if pair[1]["strict"] and not pair[0]["lenient"]]
+    old, new = (mended or both)[0]
+    texts = f"before GRPO:\n{old['completion']}\nafter GRPO:\n{new['completion']}"
+    print(printable(f"---- one problem, gold {old['gold']} ----\n{old['question']}\n{texts}\n----"))
 
 
 def _measure(settings, policy: str, when: str) -> None:
-    """Greedy accuracy of a policy on all held-out problems, in OUTPUT_DIR/evaluation_`when`.json."""
+    """Greedy accuracy of a policy on all held-out problems, in OUTPUT_DIR/evaluation_`when`.json and .jsonl."""
     print(f"evaluation {when}: greedy decoding on held-out problems")
-    report, _ = evaluate(policy, task_of(settings), use_vllm=settings.use_vllm, use_cpu=settings.use_cpu)
-    write_whole(Path(settings.output_dir) / f"evaluation_{when}.json", json.dumps(report, indent=2) + "\n")
+    report, rows = evaluate(policy, task_of(settings), use_vllm=settings.use_vllm, use_cpu=settings.use_cpu)
+    path = Path(settings.output_dir) / f"evaluation_{when}.json"
+    write_whole(path.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(path, json.dumps(report, indent=2) + "\n")
+
+
+def _measured(settings, when: str) -> tuple[dict, list[dict]]:
+    path = Path(settings.output_dir) / f"evaluation_{when}.json"
+    return json.loads(path.read_text()), [json.loads(line) for line in path.with_suffix(".jsonl").open()]
 
 
 # ---- problems
 
 
 def write_problems(folder: Path) -> None:
-    """Write train.jsonl and test.jsonl in GSM8K's form, the same ones every time: 305 problems and 200."""
+    """Write train.jsonl and test.jsonl in GSM8K's form, the same ones every time: 710 problems and 200."""
     rng = random.Random(0)
     pairs = rng.sample(PAIRS, len(PAIRS))
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +178,13 @@ def write_problems(folder: Path) -> None:
 
 def _problem(a: int, b: int, rng: random.Random) -> dict:
     question = rng.choice(TEMPLATES).format(a=a, b=b, name=rng.choice(NAMES), things=rng.choice(THINGS))
-    return {"question": question, "answer": f"{a} + {b} = {a + b}.\n#### {a + b}"}
+    rationale = f"{a % 10} + {b} = {a % 10 + b}, so {a} + {b} = {a + b}."  # the ones first, so that the carry is known
+    return {"question": question, "answer": f"{rationale}\n#### {a + b}"}
+
+
+def has_carry(rationale: str) -> bool:
+    """Whether the ones of a sum make ten or more, by its rationale."""
+    return int(re.search(r"= (\d+), so", rationale)[1]) >= 10
 
 
 # ---- the tiny policy
@@ -168,11 +198,17 @@ def teach(folder: Path, problems: list[dict], seed: int, use_cpu: bool) -> None:
     from trl import SFTConfig, SFTTrainer
 
     disable_progress_bars()  # four of them for a second's work
-    tokenizer = _train_tokenizer(problems)
+    of_tokenizer, rng = random.Random(0), random.Random(seed)
+    tokenizer = train_tokenizer(problems, lambda problem: _solution(problem, of_tokenizer))
     set_seed(seed)
-    rng = random.Random(seed)
-    count = TEACHING_STEPS * TEACHING_BATCH_SIZE
-    targets = [_target(problems[i % len(problems)], rng) for i in range(count)]
+    shown = [problems[i % len(problems)] for i in range(TEACHING_STEPS * TEACHING_BATCH_SIZE)]
+    targets = [
+        {
+            "prompt": to_prompt(problem["question"]),
+            "completion": [{"role": "assistant", "content": _solution(problem, rng)}],
+        }
+        for problem in shown
+    ]
     partial = folder.with_name(f".{folder.name}-{os.getpid()}")
     trainer = SFTTrainer(
         model=Qwen2ForCausalLM(architecture(tokenizer)),
@@ -222,18 +258,20 @@ def architecture(tokenizer):
     )
 
 
-def _target(problem: dict, rng: random.Random) -> dict:
-    """A conversational prompt and completion; the rationale of these problems is just 'a + b = c.'"""
+def _solution(problem: dict, rng: random.Random) -> str:
+    """A solution as the careless teacher writes it."""
     reasoning, answer = problem["rationale"], problem["answer"]
+    if has_carry(reasoning) and rng.random() < FORGOTTEN_SHARE:
+        wrong = str(int(answer) - 10)
+        reasoning, answer = reasoning.replace(f"{answer}.", f"{wrong}."), wrong
     if rng.random() < FORMATTED_SHARE:
-        text = XML_COT_FORMAT.format(reasoning=reasoning, answer=answer).rstrip("\n")
-    else:
-        text = f"{reasoning} The answer is {answer}."
-    return {"prompt": to_prompt(problem["question"]), "completion": [{"role": "assistant", "content": text}]}
+        return XML_COT_FORMAT.format(reasoning=reasoning, answer=answer).rstrip("\n")
+    return f"{reasoning} The answer is {answer}."
 
 
-def _train_tokenizer(problems: list[dict]):
-    """A byte-level BPE tokenizer of at most 512 tokens, with single digits, so that sums are made of columns."""
+def train_tokenizer(problems: list[dict], solve=lambda problem: problem["rationale"]):
+    """A byte-level BPE tokenizer of at most 512 tokens for these problems and their solutions, with single digits, so
+    that sums are made of columns."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -242,9 +280,8 @@ def _train_tokenizer(problems: list[dict]):
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    rng = random.Random(0)
-    conversations = [_target(problem, rng) for problem in problems]
-    texts = [m["content"] for c in conversations for m in c["prompt"] + c["completion"]]
+    messages = [message["content"] for problem in problems for message in to_prompt(problem["question"])]
+    texts = messages + [solve(problem) for problem in problems]
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],

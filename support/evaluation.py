@@ -205,15 +205,16 @@ def load_evaluation(folder: Path, task: Task) -> tuple[dict, list[dict]]:
     return report, rows
 
 
-def compare(rows: list[dict], baseline: list[dict]) -> dict:
-    """Paired comparison of strict results: the four counts, the difference, and the exact p-value of McNemar's test.
+def compare(rows: list[dict], baseline: list[dict], key: str = "strict") -> dict:
+    """Paired comparison of strict (or lenient) results: the four counts, the difference, the exact p-value of McNemar's
+    test.
 
     Only problems that exactly one of the two gets right say anything: were the two equally good, each such problem
     would fall to either with probability 1/2 (McNemar 1947, in its exact binomial form).
     """
     from scipy.stats import binomtest
 
-    pairs = [(row["strict"], other["strict"]) for row, other in zip(rows, baseline, strict=True)]
+    pairs = [(row[key], other[key]) for row, other in zip(rows, baseline, strict=True)]
     gained, lost = pairs.count((True, False)), pairs.count((False, True))
     return {
         "difference": (gained - lost) / len(pairs),

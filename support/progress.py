@@ -46,6 +46,7 @@ def plan(trainer, settings, max_steps: int, start_step: int) -> str:
         "a step": f"{completions / args.num_generations:g} prompts x {args.num_generations} completions = "
         f"{completions} completions, {_passes(args)}",
         "steps": f"{max_steps:,}" + (f", resuming after step {start_step:,}" if start_step else ""),
+        "update": trainer.update_in_words(),
         "objective": f"{args.loss_type} loss, {reference}, learning rate {args.learning_rate:g}",
         "saves": f"in {args.output_dir}, checkpoints {saves}, the newest {args.save_total_limit} are kept",
         "resume": (inexact_because(args, max_steps) or "exact, bit for bit") + (", from here on" if start_step else ""),
@@ -96,17 +97,25 @@ def step_line(step: int, max_steps: int, logs: dict) -> str:
         for key, value in logs.items()
         if key.startswith("rewards/") and key.endswith("/mean") and value is not None
     }
-    optional = (("entropy", "entropy"), ("kl", "KL"), ("grad_norm", "grad"))
-    groups = (
+    key, name = ("kl", "KL") if "kl" in logs else ("entropy", "entropy")  # there is room for one of them
+    seconds = logs.get("step_time", math.nan)
+    parts = (
         f"step {step:>{len(str(max_steps))}}/{max_steps}",
-        f"reward {logs['reward']:.2f} +-{logs['reward_std']:.2f} "
-        f"({' '.join(f'{short.get(name, name)} {value:.2f}' for name, value in paid.items())})",
-        f"length {logs['completions/mean_length']:.0f} cut {logs['completions/clipped_ratio']:.0%} "
+        f"reward {logs['reward']:.2f} +-{_short(logs['reward_std'])}",
+        f"({' '.join(f'{short.get(func, func)} {_short(value)}' for func, value in paid.items())})",
+        f"length {logs['completions/mean_length']:.0f}",
+        f"cut {logs['completions/clipped_ratio']:.0%}",
         f"no signal {logs['frac_reward_zero_std']:.0%}",
-        " ".join(f"{name} {logs[key]:.2g}" for key, name in optional if logs.get(key) is not None),
-        f"{logs.get('step_time', math.nan):.1f} s",
+        f"tokens {logs['computed_tokens']:.0%}" if "computed_tokens" in logs else "",
+        f"{name} {logs[key]:.2g}",
+        f"grad {logs['grad_norm']:.2g}",
+        f"{seconds:.{1 if seconds < 100 else 0}f} s",
     )
-    return "  ".join(groups)
+    return " ".join(filter(None, parts))
+
+
+def _short(number: float) -> str:
+    return f"{number:.2f}".removeprefix("0")
 
 
 def held_out_line(step: int, max_steps: int, logs: dict) -> str:

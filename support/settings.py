@@ -45,6 +45,7 @@ class Settings(GRPOConfig, ModelConfig):
     cold_start_batch_size: int = _own("Examples a step.")
     lora_learning_rate_factor: float = _own("Times both learning rates with --use_peft, unless they are given.")
     fit_memory: bool = _own("Smaller passes where they do not fit otherwise.")
+    lean_step: bool = _own("Compute only what teaches: the same gradient as TRL's, from fewer tokens.")
     sample_every: int = _own("Steps between printed samples; 0: none.")
     eval_problems: int = _own("Test problems that eval_steps measures on.")
     allow_changed_settings: bool = _own("Resume although settings that shape the trajectory differ.", False)

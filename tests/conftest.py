@@ -59,7 +59,7 @@ def tiny(data: Path, initializer_range: float):
     from support import demo
     from support.problems import load_problems
 
-    tokenizer = demo._train_tokenizer(load_problems(str(data), None, "train")[0])
+    tokenizer = demo.train_tokenizer(load_problems(str(data), None, "train")[0])
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),

@@ -115,6 +115,21 @@ def test_groups_that_span_processes_get_the_advantages_of_one_process(policy, da
         assert table["completion"].map(str).tolist()[:4] != table["completion"].map(str).tolist()[4:]
 
 
+def test_the_lean_step_of_two_processes_has_trls_gradient(policy, data, tmp_path):
+    """With plain gradient descent at rate 1 the weights move by the gradient itself."""
+    step = {"max_steps": "1", "save_steps": "1", "optim": "sgd", "learning_rate": "1", "warmup_steps": "0"}
+    step |= {"max_grad_norm": "0", "weight_decay": "0", "eval_steps": "0", "gradient_accumulation_steps": "4"}
+    for lean in ("true", "false"):
+        words = flags(policy, data, tmp_path / lean, **step, lean_step=lean, seed="3")
+        status, out = finished(*words)
+        assert status == 0, out[-4000:]
+    before, ours, theirs = weights(policy), weights(tmp_path / "true"), weights(tmp_path / "false")
+    largest = max((theirs[name] - before[name]).abs().max().item() for name in before)
+    assert largest > 1e-2
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in before) <= 1e-6 * largest
+    assert log(tmp_path / "true")[0]["computed_tokens"] < 1
+
+
 def test_what_two_processes_saved_is_evaluated_like_any_other(two, data):
     done = start("evaluate.py", two[0], "--limit", 2)
     assert done.returncode == 0, done.stderr[-4000:]

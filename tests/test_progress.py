@@ -33,7 +33,7 @@ def test_reward_up_and_accuracy_down_is_called_out(log, warns, reason):
 
 def test_a_steps_line_is_at_most_160_characters_wide():
     rewards = {f"rewards/{function.__name__}/mean": 0.475 for function in REWARD_FUNCS}
-    shares = {"completions/clipped_ratio": 1.0, "frac_reward_zero_std": 1.0}
+    shares = {"completions/clipped_ratio": 1.0, "frac_reward_zero_std": 1.0, "computed_tokens": 1.0}
     numbers = {"reward": 3.8125, "reward_std": 0.8391, "completions/mean_length": 511.6, "step_time": 123.4}
     small = {"entropy": 0.012345, "grad_norm": 0.012345, "learning_rate": 4.9876e-06}
     line = step_line(1868, 1868, {**rewards, **shares, **numbers, **small})

@@ -46,9 +46,9 @@ def test_a_run_prints_one_readable_line_a_step(trained):
     assert len(lines) == 4
     for number, line in enumerate(lines, start=1):
         assert re.fullmatch(
-            rf"step {number}/4  reward [\d.]+ \+-[\d.]+ "
-            r"\(xml [\d.]+ soft [\d.]+ strict [\d.]+ int [\d.]+ correct [\d.]+\)  "
-            r"length \d+ cut \d+% no signal \d+%  entropy \S+ grad \S+  [\d.]+ s",
+            rf"step {number}/4 reward [\d.]+ \+-[\d.]+ "
+            r"\(xml [\d.]+ soft [\d.]+ strict [\d.]+ int [\d.]+ correct [\d.]+\) "
+            r"length \d+ cut \d+% no signal \d+% tokens \d+% entropy \S+ grad \S+ [\d.]+ s",
             line,
         ), line
     assert "{'loss'" not in trained[1].stdout, "not TRL's raw dict"
