@@ -14,21 +14,21 @@ import time
 from pathlib import Path
 from statistics import mean, stdev
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support import demo  # noqa: E402
+import train_grpo
+from support import demo
 
 EXAMPLES = 64
 ENOUGH = 90.0  # per cent
 
 
-def steps_to_enough(folder: Path, world: Path, seed: int, examples: int) -> tuple[int | None, float, float]:
+def steps_to_enough(folder: Path, policy: Path, seed: int, examples: int) -> tuple[int | None, float, float]:
     """The first measured step at `ENOUGH`, None where the run ends before; strict accuracy at step 0; seconds."""
     settings = {
         **demo.settings(),
-        "model_name_or_path": world / f"taught-{seed}",
-        "dataset_name": world / "problems",
+        "model_name_or_path": policy,
+        "dataset_name": policy.with_name("problems"),
         "output_dir": folder,
         "seed": seed,
         "cold_start_examples": examples,
@@ -36,9 +36,9 @@ def steps_to_enough(folder: Path, world: Path, seed: int, examples: int) -> tupl
         "sample_every": 0,
     }
     words = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-u", str(ROOT / "train_grpo.py"), *words]
-    begun, first = time.time(), None
-    with (world / f"{folder.name}.err").open("w") as errors:
+    command = [sys.executable, "-u", train_grpo.__file__, *words]
+    begun, first, log = time.time(), None, folder.with_suffix(".err")
+    with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     for line in process.stdout:
         if line.startswith("held out at step "):
@@ -49,7 +49,7 @@ def steps_to_enough(folder: Path, world: Path, seed: int, examples: int) -> tupl
                 process.wait()
                 return step, first, time.time() - begun
     if process.wait() != 0:
-        sys.exit(f"a run ended with status {process.returncode}: see {world / folder.name}.err")
+        sys.exit(f"a run ended with status {process.returncode}: see {log}")
     return None, first, time.time() - begun
 
 
@@ -62,9 +62,9 @@ def main() -> None:
     steps = {0: [], EXAMPLES: []}
     print("seed  examples  strict at step 0  steps to 90%  seconds")
     for seed in args.seeds:
-        demo.make_world(args.out, seed, use_cpu=demo.settings()["use_cpu"])
+        policy = demo.make_world(args.out, seed, use_cpu=demo.settings()["use_cpu"])
         for examples, reached in steps.items():
-            step, first, seconds = steps_to_enough(args.out / f"{seed}-{examples}", args.out, seed, examples)
+            step, first, seconds = steps_to_enough(args.out / f"{seed}-{examples}", policy, seed, examples)
             reached.append(step)
             print(f"{seed:>4}  {examples:>8}  {first:>15.1f}%  {step!s:>12}  {seconds:>7.0f}", flush=True)
     for examples, reached in steps.items():

@@ -16,11 +16,12 @@ from trl import get_peft_config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_grpo
-from support import memory
 from support.memory import USABLE, fit, gpu_memory, held, needed, peak
-from support.settings import read_settings
+from support.settings import Settings
 
-SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied embeddings
+FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+FIELDS += ("vocab_size", "tie_word_embeddings")
+SHAPES = {
     "0.5B": (896, 4864, 24, 14, 2, 151936, True),
     "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
     "3B": (2048, 11008, 36, 16, 2, 151936, True),
@@ -28,44 +29,24 @@ SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied embe
 }
 METHODS = {
     "full": {},
-    "LoRA": {"use_peft": "true"},
-    "LoRA, bf16 base": {"use_peft": "true", "dtype": "bfloat16"},
-    "QLoRA": {"use_peft": "true", "dtype": "bfloat16"},  # as --load_in_4bit, without its package
+    "LoRA": {"use_peft": True},
+    "LoRA, bf16 base": {"use_peft": True, "dtype": "bfloat16"},
+    "QLoRA": {"use_peft": True, "dtype": "bfloat16", "load_in_4bit": True},
 }
-GPUS = {
-    "16 GB": 15.8,
-    "24 GB": 23.6,
-    "40 GB": 39.4,
-    "48 GB": 47.5,
-    "80 GB": 79.2,
-    "141 GB": 139.8,
-}  # GiB that they report
+# GiB that they report
+GPUS = {"16 GB": 15.8, "24 GB": 23.6, "40 GB": 39.4, "48 GB": 47.5, "80 GB": 79.2, "141 GB": 139.8}
 
 
 def shaped(size: str, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
     """A model of Qwen2.5's shape on the `meta` device."""
-    hidden, mlp, layers, heads, key_heads, vocabulary, tied = SHAPES[size]
     with torch.device("meta"):
-        return Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=vocabulary,
-                hidden_size=hidden,
-                intermediate_size=mlp,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=key_heads,
-                tie_word_embeddings=tied,
-            )
-        ).to(dtype)
+        return Qwen2ForCausalLM(Qwen2Config(**dict(zip(FIELDS, SHAPES[size], strict=True)))).to(dtype)
 
 
-def policy(size: str, method: str, **words: str):
+def policy(size: str, method: str, **changes):
     """The policy without its numbers, and the recipe's settings for it."""
-    words = {"use_cpu": "true", "output_dir": "outputs/of-no-run", **METHODS[method], **words}
-    flags = [word for name, value in words.items() for word in (f"--{name}", value)]
-    memory.settle = lambda settings: None  # it would look at the default model on this machine
-    settings = read_settings(vars(train_grpo), flags)
-    settings.load_in_4bit = method == "QLoRA"
+    constants = {name.lower(): value for name, value in vars(train_grpo).items() if name.isupper()}
+    settings = Settings(**{**constants, "use_cpu": True, **METHODS[method], **changes})
     model = shaped(size, getattr(torch, settings.dtype))
     if settings.use_peft:
         model = get_peft_model(model, get_peft_config(settings))
@@ -74,8 +55,8 @@ def policy(size: str, method: str, **words: str):
 
 def chosen(size: str, method: str, gib: float, vllm: bool) -> str:
     """Completions a pass on a GPU, and whether activations are recomputed; '-' where the run does not fit."""
-    model, settings = policy(size, method)
-    settings.use_vllm, total = vllm, int(gib * 2**30)
+    model, settings = policy(size, method, use_vllm=vllm)
+    total = int(gib * 2**30)
     fit(model, settings, total)
     if needed(gpu_memory(model, settings, settings.load_in_4bit), settings, total) > USABLE * total:
         return "-"
@@ -88,7 +69,7 @@ def main() -> None:
     for size in SHAPES:
         cells = []
         for method in METHODS:
-            model, settings = policy(size, method, gradient_checkpointing="true")
+            model, settings = policy(size, method, gradient_checkpointing=True)
             parts = gpu_memory(model, settings, settings.load_in_4bit)
             cells.append(f"{peak(parts) / 1e9:.0f} GB ({held(parts) / 1e9:.0f} held)")
         print(f"| {size} | " + " | ".join(cells) + " |")

@@ -18,8 +18,16 @@ import time
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+from transformers import Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train_grpo
+from rewards import REWARD_FUNCS, XML_COT_FORMAT, to_prompt
+from support import demo
+from support.generation import complete
+from support.problems import load_problems
 
 BARE_START = "from trl import GRPOConfig, ModelConfig, TrlParser"
 LENGTHS = (250, 1_000, 4_000, 16_000, 64_000)
@@ -32,32 +40,28 @@ def spread(ratios: list[float]) -> str:
 
 
 def start(rounds: int) -> None:
-    script = str(ROOT / "train_grpo.py")
     commands = {
-        "--help": [script, "--help"],
-        "a configuration error": [script, "--use_cpu", "true", "--num_generations", "1"],
+        "--help": [train_grpo.__file__, "--help"],
+        "a configuration error": [train_grpo.__file__, "--use_cpu", "true", "--num_generations", "1"],
     }
     ratios = {name: [] for name in commands}
     for number in range(rounds + 1):
         bare = _seconds(["-c", BARE_START])
         for name, words in commands.items():
+            ratio = _seconds(words) / bare
             if number:  # the first one fills the disk's cache
-                ratios[name].append(_seconds(words) / bare)
-            else:
-                _seconds(words)
+                ratios[name].append(ratio)
     for name, values in ratios.items():
         print(f"start: {name} takes {spread(values)} times a bare import of TRL's config classes, n = {rounds}")
 
 
 def _seconds(words: list[str]) -> float:
     begin = time.perf_counter()
-    subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - begin
 
 
 def rewards(rounds: int) -> None:
-    from rewards import REWARD_FUNCS, XML_COT_FORMAT
-
     for length in LENGTHS:
         text = XML_COT_FORMAT.format(reasoning="2 + 3 makes 5. " * (length // 15), answer="5")[:length]
         completions = [[{"role": "assistant", "content": text}]] * 64
@@ -74,26 +78,16 @@ def rewards(rounds: int) -> None:
 
 
 def evaluation(rounds: int, out: Path) -> None:
-    import torch
-    from transformers import Qwen2ForCausalLM
-
-    from rewards import to_prompt
-    from support import demo
-    from support.generation import complete
-    from support.problems import load_problems
-
     demo.write_problems(out / "problems")
     problems, _ = load_problems(str(out / "problems"), None, "train")
-    tokenizer = demo.train_tokenizer(problems)
+    tokenizer = demo.train_tokenizer(demo.taught_by(seed=0)[:1000])
     torch.manual_seed(0)
     policy = Qwen2ForCausalLM(demo.architecture(tokenizer)).eval()
     policy.generation_config.eos_token_id = None  # every batch takes all its tokens
     prompts = [to_prompt(problems[i % len(problems)]["question"]) for i in range(PROBLEMS)]
 
     def bare(batch: int) -> None:
-        texts = [
-            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts
-        ]
+        texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
         texts.sort(key=len)
         for begin in range(0, len(texts), batch):
             inputs = tokenizer(texts[begin : begin + batch], return_tensors="pt", padding=True)

@@ -15,8 +15,12 @@ import sys
 from pathlib import Path
 from statistics import mean, median, stdev
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train_grpo
+from support import demo
 
 SETTINGS = {"fp32 master weights": "float32", "pure bf16": "bfloat16"}
 
@@ -30,7 +34,7 @@ def train(seed: int, dtype: str, steps: int, out: Path, args) -> Path:
         "seed": seed,
         "dtype": dtype,
         "bf16": "true",
-        "use_cpu": str(args.use_cpu).lower(),
+        "use_cpu": args.use_cpu,
         "use_vllm": "false",
         "learning_rate": args.learning_rate,
         "warmup_steps": 0,
@@ -41,13 +45,8 @@ def train(seed: int, dtype: str, steps: int, out: Path, args) -> Path:
         "sample_every": 0,
         "save_strategy": "no",
     }
-    done = subprocess.run(
-        [sys.executable, "train_grpo.py", *(str(word) for k, v in words.items() for word in (f"--{k}", v))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TQDM_DISABLE": "1"},
-    )
+    command = [sys.executable, train_grpo.__file__, *(str(w) for k, v in words.items() for w in (f"--{k}", v))]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
     if done.returncode:
         sys.exit(f"{out} could not be trained:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return out
@@ -55,8 +54,6 @@ def train(seed: int, dtype: str, steps: int, out: Path, args) -> Path:
 
 def changed(before: Path, after: Path) -> float:
     """Share of the weights that differ, each as it is kept: fp32 against the start in fp32, bf16 in bf16."""
-    from safetensors.torch import load_file
-
     old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
     names = old.keys() & new.keys()  # tied embeddings are saved once or twice
     different = sum(int((old[name].to(new[name].dtype) != new[name]).sum()) for name in names)
@@ -74,11 +71,6 @@ def main() -> None:
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("outputs/precision"))
     args = parser.parse_args()
-
-    import train_grpo
-    from support import demo
-
-    args.out = args.out.absolute()
     args.learning_rate = args.learning_rate or (train_grpo.LEARNING_RATE if args.model else demo.LEARNING_RATE)
     if args.model is None:
         for seed in args.seeds:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 COMPLETIONS, BATCH = 64, 16
+LAUNCH = "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"  # else accelerate warns
 
 # Qwen2.5-1.5B: the gradients that DDP sums once a step, in fp32; with LoRA rank 32 on all linear layers
 GRADIENTS = {"full": 1_543_714_304 * 4, "LoRA": 36_929_536 * 4}
@@ -39,7 +40,7 @@ def paper(processes: int) -> str:
 
 def measure(processes: int, completions: int, args) -> float:
     """Completions a second of the recipe as it is started on the command line."""
-    out = args.out / "run"
+    out, batch = args.out / "run", min(BATCH, completions // processes)
     shutil.rmtree(out, ignore_errors=True)
     words = {
         "model_name_or_path": args.model,
@@ -48,35 +49,18 @@ def measure(processes: int, completions: int, args) -> float:
         "use_cpu": args.use_cpu,
         "bf16": not args.use_cpu,
         "max_completion_length": args.completion_length,
-        "per_device_train_batch_size": min(BATCH, completions // processes),
-        "gradient_accumulation_steps": completions // min(BATCH, completions // processes),
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": completions // batch,
         "max_steps": args.steps + 2,
         "save_strategy": "no",
         "eval_steps": 0,
         "sample_every": 0,
     }
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        start += [
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-        ]
-    command = [
-        *start,
-        "train_grpo.py",
-        *(str(w).replace("True", "true") for k, v in words.items() for w in (f"--{k}", v)),
-    ]
-    threads = {"OMP_NUM_THREADS": "1"} if args.use_cpu else {}
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1", **threads}
-    )
+    launch = f"-m accelerate.commands.launch --multi_gpu --num_processes {processes} {LAUNCH}".split()
+    command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "train_grpo.py")]
+    command += [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+    environment = {**os.environ, "TQDM_DISABLE": "1", **({"OMP_NUM_THREADS": "1"} if args.use_cpu else {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{processes} processes could not be measured:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     log = json.loads((out / "trainer_state.json").read_text())["log_history"]
@@ -95,7 +79,6 @@ def main() -> None:
     parser.add_argument("--paper", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("outputs/scaling"))
     args = parser.parse_args()
-    args.out = args.out.absolute()
     print(paper(8))
     if args.paper:
         return

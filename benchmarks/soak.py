@@ -21,11 +21,11 @@ import pandas as pd
 import psutil
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support import demo  # noqa: E402
-from support.checkpoints import checkpoints  # noqa: E402
+import train_grpo
+from support import demo
+from support.checkpoints import checkpoints
 
 SEED = 42  # of the policy and of both runs
 STATUS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -45,12 +45,12 @@ SETTINGS = {
 }
 
 
-def launch(world: Path, output: Path, steps: int, *more: str) -> subprocess.Popen:
-    settings = {**SETTINGS, "max_steps": steps, "output_dir": output, "dataset_name": world / "problems"}
-    settings["model_name_or_path"] = world / f"taught-{SEED}"
+def launch(policy: Path, output: Path, steps: int, *more: str) -> subprocess.Popen:
+    settings = {**SETTINGS, "max_steps": steps, "output_dir": output}
+    settings |= {"model_name_or_path": policy, "dataset_name": policy.with_name("problems")}
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-u", str(ROOT / "train_grpo.py"), *words, *more]
-    with (output.parent / f"{output.name}.err").open("a") as errors:
+    command = [sys.executable, "-u", train_grpo.__file__, *words, *more]
+    with output.with_suffix(".err").open("a") as errors:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
 
 
@@ -61,22 +61,23 @@ def steps_of(process: subprocess.Popen):
             yield int(line.removeprefix("step ").split("/")[0])
 
 
-def left_alone(world: Path, output: Path, steps: int) -> dict[int, float]:
+def left_alone(policy: Path, output: Path, steps: int) -> dict[int, float]:
     """Run to the end; resident memory in MB by step."""
-    process = launch(world, output, steps)
+    process = launch(policy, output, steps)
     memory = {step: psutil.Process(process.pid).memory_info().rss / 1e6 for step in steps_of(process)}
     if process.wait() != 0:
         sys.exit(f"the run left alone ended with status {process.returncode}: see {output}.err")
     return memory
 
 
-def disturbed(world: Path, output: Path, steps: int, times: int, rng: random.Random) -> list[tuple[int, str]]:
+def disturbed(policy: Path, output: Path, steps: int, times: int, rng: random.Random) -> list[tuple[int, str]]:
     """Run to the end through `times` kills and signals; the step and kind of each."""
     happened = []
     while True:
-        if not checkpoints(output):
+        resume = ["--resume_from_checkpoint", "auto"] if checkpoints(output) else []
+        if not resume:
             shutil.rmtree(output, ignore_errors=True)  # killed before its first checkpoint
-        process = launch(world, output, steps, *(["--resume_from_checkpoint", "auto"] if checkpoints(output) else []))
+        process = launch(policy, output, steps, *resume)
         lasts, begun, number = rng.randint(1, max(1, 3 * steps // (2 * times))), None, rng.choice(list(STATUS))
         for step in steps_of(process):
             begun = step if begun is None else begun
@@ -113,13 +114,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
-    demo.make_world(args.out, SEED, use_cpu=True)
+    policy = demo.make_world(args.out, SEED, use_cpu=True)
 
-    memory = left_alone(args.out, args.out / "left-alone", args.steps)
+    memory = left_alone(policy, args.out / "left-alone", args.steps)
     rss = [mean(memory[step] for step in memory if k < 10 * step / args.steps <= k + 1) for k in range(10)]
     print(f"resident memory in MB, mean over each tenth of the run: {' '.join(f'{mb:.0f}' for mb in rss)}", flush=True)
 
-    happened = disturbed(args.out, args.out / "disturbed", args.steps, args.times, random.Random(args.seed))
+    happened = disturbed(policy, args.out / "disturbed", args.steps, args.times, random.Random(args.seed))
     kinds = {kind: sum(name == kind for _, name in happened) for kind in sorted({name for _, name in happened})}
     found = differences(args.out / "left-alone", args.out / "disturbed", args.steps)
     print(f"{len(happened)} interruptions ({kinds}) in {args.steps:,} steps: {len(found)} differences {found[:5]}")

@@ -6,15 +6,15 @@
     python benchmarks/step_time.py --model models/SmolLM2-135M-Instruct --use_cpu --completion_length 64
 
 Every setting makes 64 completions a step under one length limit. Each measurement is a process of its own, so that
-its peak is its own; its first step is not counted. Prints a table for Markdown: medians over the rounds, the ratio to
-the first setting with its smallest and largest round, the share of the recipe's own code (rewards and callbacks), and
-how far generation and update are from their floors.
+its peak is its own; its first step is not counted. Prints a table for Markdown: medians over the rounds, hours for
+an epoch of GSM8K at that pace, the ratio to the first setting with its smallest and largest round, the share of the
+recipe's own code (rewards and callbacks), and how far generation and update are from their floors.
 """
 
 import argparse
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -23,10 +23,25 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+import trl
+from datasets import Dataset
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train_grpo
+from benchmarks.gpu_memory import SHAPES, shaped
+from rewards import REWARD_FUNCS
+from support import demo
+from support.faults import protected
+from support.memory import device_memory, gpu_memory, needed
+from support.problems import load_problems, load_tokenizer
+from support.record import Run, device_name
+from support.settings import read_settings
 
 COMPLETIONS = 64  # a step: the recipe's own constants
+EPOCH = 1868  # steps: 4 of GSM8K's 7,473 problems each
 ORIGINAL = {  # the widely copied gist: bf16 weights, KL to a reference model, and each 16 completions generated alone
     "dtype": "bfloat16",
     "beta": "0.04",
@@ -64,28 +79,18 @@ SETTINGS = {
 
 def measure(name: str, args) -> dict:
     """Train a few steps; seconds and tokens of each but the first."""
-    import torch
-    import trl
-
-    import train_grpo
-    from support.faults import protected
-    from support.memory import device_memory, gpu_memory, needed
-    from support.problems import load_tokenizer
-    from support.record import Run
-    from support.settings import read_settings
-
     words = {
-        "model_name_or_path": str(args.folder),
+        "model_name_or_path": args.model,
         "dataset_name": str(args.dataset),
         "output_dir": str(args.out / f"run-{os.getpid()}"),
-        "use_cpu": str(args.use_cpu).lower(),
+        "use_cpu": str(args.use_cpu),
         "max_completion_length": str(args.completion_length),
         "max_steps": str(args.steps + 1),
         "save_strategy": "no",
         "eval_steps": "0",
+        "bf16": str(args.bf16),
         **SETTINGS[name],
     }
-    words.setdefault("bf16", str(args.bf16).lower())
     settings = read_settings(vars(train_grpo), [word for k, v in words.items() for word in (f"--{k}", v)])
     tokenizer = load_tokenizer(settings.model_name_or_path)
     samples, _ = train_grpo.load_samples(settings, tokenizer)
@@ -100,42 +105,30 @@ def measure(name: str, args) -> dict:
         clock = _clock(trainer)
         trainer.train()
     is_cuda = settings.device.type == "cuda"
-    parts = gpu_memory(trainer.model, settings)
+    computed = needed(gpu_memory(trainer.model, settings), settings, device_memory(settings.device))
+    # of a process, not by getrusage: what that gives begins at the parent's peak
+    resident = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     return {
         **{key: [row[key] for row in clock.steps[1:]] for key in clock.steps[0]},
         "generations_a_step": settings.gradient_accumulation_steps // settings.steps_per_generation,
         "batch": settings.per_device_train_batch_size,
         "checkpointing": bool(settings.gradient_checkpointing),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "peak_bytes": torch.cuda.max_memory_allocated()
-        if is_cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "computed_bytes": needed(parts, settings, device_memory(settings.device)) if is_cuda else None,
-        "device": torch.cuda.get_device_name() if is_cuda else f"{os.cpu_count()} CPU cores",
+        "peak_bytes": torch.cuda.max_memory_allocated() if is_cuda else resident,
+        "computed_bytes": computed if is_cuda else None,
+        "device": device_name(settings.device),
     }
 
 
 def _bare(settings, tokenizer, samples):
-    from datasets import Dataset
-    from trl import GRPOTrainer, get_peft_config
-
-    from rewards import REWARD_FUNCS
-
     dataset = Dataset.from_list(samples).select_columns(["prompt", "answer"])
-    return GRPOTrainer(
-        settings.model_name_or_path,
-        REWARD_FUNCS,
-        args=settings,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(settings),
+    return trl.GRPOTrainer(
+        settings.model_name_or_path, REWARD_FUNCS, args=settings, train_dataset=dataset, processing_class=tokenizer
     )
 
 
 def _clock(trainer):
     """Time the trainer's generation, its scoring and the whole step."""
-    import torch
-    from transformers import TrainerCallback
 
     def now():
         if trainer.args.device.type == "cuda":
@@ -147,10 +140,8 @@ def _clock(trainer):
             self.steps = []
 
         def on_train_begin(self, *args, **kwargs):
-            self.begun, self.row = (
-                now(),
-                dict.fromkeys(("generation", "scoring", "callbacks", "tokens", "longest", "read"), 0),
-            )
+            self.begun = now()
+            self.row = dict.fromkeys(("generation", "scoring", "callbacks", "tokens", "longest", "read"), 0)
 
         def on_step_end(self, *args, **kwargs):  # the last callback: a step ends with the line of the one before
             seconds = now() - self.begun
@@ -194,8 +185,6 @@ def _clock(trainer):
 
 def machine(use_cpu: bool) -> dict:
     """Memory bandwidth (bytes read and written a second by a copy) and bf16 matrix throughput (operations a second)."""
-    import torch
-
     device = torch.device("cpu" if use_cpu else "cuda")
     size = 2048 if use_cpu else 8192
     source = torch.ones(1 << (28 if use_cpu else 32), dtype=torch.uint8, device=device)
@@ -220,7 +209,8 @@ def machine(use_cpu: bool) -> dict:
 
 def floors(result: dict, speeds: dict) -> dict:
     """The least seconds a step: decoding reads the bf16 weights once a decode step, or computes with them for every
-    completion where that takes longer; the update computes 6 operations a parameter and token, 8 with recomputation."""
+    completion where that takes longer; the update computes 6 operations a parameter and token, 8 with recomputation. A
+    lean step can be below the latter, by the completions that it leaves out."""
     parameters = result["parameters"]
     operations = (8 if result["checkpointing"] else 6) * parameters
     per_token = 2 * parameters / speeds["throughput"]
@@ -234,41 +224,35 @@ def floors(result: dict, speeds: dict) -> dict:
 # ---- all of them
 
 
-def prepare(args) -> None:
-    """Fill in the model's folder and the problems; a shape gets random weights and the demo's tokenizer."""
-    import torch
-
-    from benchmarks.gpu_memory import SHAPES, shaped
-    from support import demo
-    from support.problems import load_problems
-
+def prepare(args) -> tuple[Path, Path]:
+    """Folders of the model and of the problems; a shape gets random weights and the demo's tokenizer."""
+    problems = args.dataset or args.out / "problems"
     if args.dataset is None:
-        args.dataset = args.out / "problems"
-        demo.write_problems(args.dataset)
+        demo.write_problems(problems)
     if args.model == "demo":
-        args.folder = demo.make_world(args.out / "demo", 42, args.use_cpu)
-    elif args.model in SHAPES:
-        args.folder = args.out / f"random-{args.model}"
-        if not (args.folder / "config.json").is_file():
-            torch.manual_seed(0)
-            model = shaped(args.model).to(torch.bfloat16).to_empty(device="cpu")
-            for parameter in model.parameters():
-                torch.nn.init.normal_(parameter, std=0.02)
-            tokenizer = demo.train_tokenizer(load_problems(str(args.dataset), None, "train")[0])
-            model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-            model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-            tokenizer.save_pretrained(args.folder)
-            model.save_pretrained(args.folder)
-    else:
-        args.folder = Path(args.model)
+        return demo.make_world(args.out / "demo", 42, args.use_cpu), problems
+    if args.model not in SHAPES:
+        return Path(args.model), problems
+    folder = args.out / f"random-{args.model}"
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        model = shaped(args.model, torch.bfloat16).to_empty(device="cpu")
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        tokenizer = demo.train_tokenizer(demo.taught_by(seed=0)[:1000])
+        model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder, problems
 
 
 def table(rounds: list[dict[str, dict]], speeds: dict) -> str:
     names = list(rounds[0])
     lines = [
-        "| setting | s a step | times faster | completions/s | tokens/s | generation | update | own code "
+        "| setting | s a step | h an epoch | times faster | completions/s | tokens/s | generation | update | own code "
         "| peak GB (computed) | generation / floor | update / floor |",
-        "|---" * 11 + "|",
+        "|---" * 12 + "|",
     ]
     for name in names:
         results = [each[name] for each in rounds]
@@ -281,6 +265,7 @@ def table(rounds: list[dict[str, dict]], speeds: dict) -> str:
         cells = [
             name,
             f"{seconds:.2f}",
+            f"{seconds * EPOCH / 3600:.1f}",
             f"{median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
             f"{COMPLETIONS / seconds:.1f}",
             f"{part['tokens'] / seconds:,.0f}",
@@ -307,43 +292,31 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        args.folder = Path(args.model)
         print("MEASURED " + json.dumps(measure(args.measure, args)))
         return
-    if not args.use_cpu and not _has_gpu():
-        sys.exit(
-            "step_time.py: no CUDA GPU is visible; for a CPU: --model demo --use_cpu --no-bf16 --completion_length 48"
-        )
+    if not args.use_cpu and not torch.cuda.is_available():
+        on_cpu = "--model demo --use_cpu --no-bf16 --completion_length 48"
+        sys.exit(f"step_time.py: no CUDA GPU is visible; for a CPU: {on_cpu}")
     args.out.mkdir(parents=True, exist_ok=True)
-    prepare(args)
+    model, dataset = prepare(args)
     speeds = machine(args.use_cpu)
     print(f"copy {speeds['bandwidth'] / 1e9:,.0f} GB/s, bf16 matrices {speeds['throughput'] / 1e12:,.2f} TFLOP/s")
     rounds = []
     for number in range(args.rounds):
         rounds.append({})
         for name in args.settings:
-            rounds[-1][name] = result = _in_a_process(name, args)
+            rounds[-1][name] = result = _in_a_process(name, model, dataset)
             print(f"round {number + 1}  {name:<16} {median(result['step']):8.2f} s a step", flush=True)
         (args.out / "step_time.json").write_text(json.dumps({"machine": speeds, "rounds": rounds}, indent=1) + "\n")
-    print(
-        f"\n{args.model}, {result['device']}, {COMPLETIONS} completions of at most {args.completion_length} tokens, ",
-        end="",
-    )
-    print(f"{args.rounds} rounds of {args.steps} steps\n\n{table(rounds, speeds)}")
+    completions = f"{COMPLETIONS} completions of at most {args.completion_length} tokens"
+    print(f"\n{args.model}, {result['device']}, {completions}, {args.rounds} rounds of {args.steps} steps\n")
+    print(table(rounds, speeds))
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _in_a_process(name: str, args) -> dict:
-    words = ["--measure", name, "--model", args.folder, "--dataset", args.dataset, "--out", args.out]
-    words += ["--completion_length", args.completion_length, "--steps", args.steps]
-    words += (["--use_cpu"] if args.use_cpu else []) + ([] if args.bf16 else ["--no-bf16"])
+def _in_a_process(name: str, model: Path, dataset: Path) -> dict:
+    words = [*sys.argv[1:], "--measure", name, "--model", model, "--dataset", dataset]  # of two flags the last counts
     environment = {**os.environ, "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, __file__, *map(str, words)], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, env=environment)
     for line in done.stdout.splitlines():
         if line.startswith("MEASURED "):
             return json.loads(line.removeprefix("MEASURED "))

@@ -11,13 +11,12 @@ import argparse
 import json
 import os
 import random
-import re
 import shutil
+import sys
 from pathlib import Path
 
 from rewards import TAGS, XML_COT_FORMAT, to_prompt
 from support.evaluation import compare, evaluate, in_words, table, task_of
-from support.problems import load_problems
 from support.record import printable, write_whole
 
 # teaching
@@ -131,7 +130,7 @@ def make_world(output_dir: str | Path, seed: int, use_cpu: bool) -> Path:
         print(f"{taught}: taught with other constants, replaced")
         shutil.rmtree(taught)
     print(f"{taught}: teaching a tiny policy sums, {TEACHING_STEPS} supervised steps")
-    teach(taught, load_problems(str(problems), None, "train")[0], seed, use_cpu)
+    teach(taught, seed, use_cpu)
     return taught
 
 
@@ -168,52 +167,52 @@ def _measured(settings, when: str) -> tuple[dict, list[dict]]:
 
 def write_problems(folder: Path) -> None:
     """Write train.jsonl and test.jsonl in GSM8K's form, the same ones every time: 710 problems and 200."""
+    held_out, trained = split_pairs()
     rng = random.Random(0)
-    pairs = rng.sample(PAIRS, len(PAIRS))
     folder.mkdir(parents=True, exist_ok=True)
-    for split, chosen in (("test", pairs[:HELD_OUT] * 2), ("train", pairs[HELD_OUT:])):
-        lines = [json.dumps(_problem(a, b, rng)) for a, b in chosen]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    for split, pairs in (("test", held_out * 2), ("train", trained)):
+        problems = [{"question": question(a, b, rng), "answer": f"{rationale(a, b)}\n#### {a + b}"} for a, b in pairs]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
 
 
-def _problem(a: int, b: int, rng: random.Random) -> dict:
-    question = rng.choice(TEMPLATES).format(a=a, b=b, name=rng.choice(NAMES), things=rng.choice(THINGS))
-    rationale = f"{a % 10} + {b} = {a % 10 + b}, so {a} + {b} = {a + b}."  # the ones first, so that the carry is known
-    return {"question": question, "answer": f"{rationale}\n#### {a + b}"}
+def split_pairs() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The summands held out, and the others."""
+    pairs = random.Random(0).sample(PAIRS, len(PAIRS))
+    return pairs[:HELD_OUT], pairs[HELD_OUT:]
 
 
-def has_carry(rationale: str) -> bool:
-    """Whether the ones of a sum make ten or more, by its rationale."""
-    return int(re.search(r"= (\d+), so", rationale)[1]) >= 10
+def question(a: int, b: int, rng: random.Random) -> str:
+    return rng.choice(TEMPLATES).format(a=a, b=b, name=rng.choice(NAMES), things=rng.choice(THINGS))
+
+
+def rationale(a: int, b: int, total: int | None = None) -> str:
+    """The ones first, so that the carry is known; with the right `total` unless another is given."""
+    return f"{a % 10} + {b} = {a % 10 + b}, so {a} + {b} = {total or a + b}."
+
+
+def has_carry(a: int, b: int) -> bool:
+    return a % 10 + b >= 10
 
 
 # ---- the tiny policy
 
 
-def teach(folder: Path, problems: list[dict], seed: int, use_cpu: bool) -> None:
-    """Train a tokenizer and the tiny policy on `problems` in mixed style; save both in `folder`, which appears whole or
-    not at all."""
+def teach(folder: Path, seed: int, use_cpu: bool) -> None:
+    """Train a tokenizer and the tiny policy on the careless teacher's lessons; save both in `folder`, which appears
+    whole or not at all."""
     from datasets import Dataset, disable_progress_bars
-    from transformers import Qwen2ForCausalLM, set_seed
+    from transformers import PrinterCallback, ProgressCallback, Qwen2ForCausalLM, set_seed
     from trl import SFTConfig, SFTTrainer
 
     disable_progress_bars()  # four of them for a second's work
-    of_tokenizer, rng = random.Random(0), random.Random(seed)
-    tokenizer = train_tokenizer(problems, lambda problem: _solution(problem, of_tokenizer))
+    lessons = taught_by(seed)
+    tokenizer = train_tokenizer(lessons[:1000])
     set_seed(seed)
-    shown = [problems[i % len(problems)] for i in range(TEACHING_STEPS * TEACHING_BATCH_SIZE)]
-    targets = [
-        {
-            "prompt": to_prompt(problem["question"]),
-            "completion": [{"role": "assistant", "content": _solution(problem, rng)}],
-        }
-        for problem in shown
-    ]
     partial = folder.with_name(f".{folder.name}-{os.getpid()}")
     trainer = SFTTrainer(
         model=Qwen2ForCausalLM(architecture(tokenizer)),
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list(targets),
+        train_dataset=Dataset.from_list(lessons),
         args=SFTConfig(
             output_dir=str(partial),
             max_steps=TEACHING_STEPS,
@@ -229,13 +228,37 @@ def teach(folder: Path, problems: list[dict], seed: int, use_cpu: bool) -> None:
             seed=seed,
             save_strategy="no",
             logging_strategy="no",
+            disable_tqdm=not sys.stderr.isatty(),  # a bar on a terminal only
             report_to="none",
         ),
     )
+    trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressCallback):
+            callback.on_log = lambda *args, **kwargs: None  # it would end with a raw dict of the seconds
     trainer.train()
     trainer.save_model()
     (partial / "teaching.json").write_text(json.dumps(_teaching()))
     os.replace(partial, folder)
+
+
+def taught_by(seed: int) -> list[dict]:
+    """The careless teacher's lessons, prompts and completions: the sums that are not held out, over and over, each time
+    in other words, or the policy would learn the problems by heart instead of reading the numbers."""
+    (_, pairs), rng = split_pairs(), random.Random(seed)
+    chosen = [pairs[i % len(pairs)] for i in range(TEACHING_STEPS * TEACHING_BATCH_SIZE)]
+    solved = [(to_prompt(question(a, b, rng)), _solution(a, b, rng)) for a, b in chosen]
+    return [{"prompt": p, "completion": [{"role": "assistant", "content": text}]} for p, text in solved]
+
+
+def _solution(a: int, b: int, rng: random.Random) -> str:
+    """A solution as the careless teacher writes it."""
+    is_forgotten = has_carry(a, b) and rng.random() < FORGOTTEN_SHARE
+    answer = a + b - 10 if is_forgotten else a + b
+    reasoning = rationale(a, b, answer)
+    if rng.random() < FORMATTED_SHARE:
+        return XML_COT_FORMAT.format(reasoning=reasoning, answer=answer).rstrip("\n")
+    return f"{reasoning} The answer is {answer}."
 
 
 def architecture(tokenizer):
@@ -258,20 +281,9 @@ def architecture(tokenizer):
     )
 
 
-def _solution(problem: dict, rng: random.Random) -> str:
-    """A solution as the careless teacher writes it."""
-    reasoning, answer = problem["rationale"], problem["answer"]
-    if has_carry(reasoning) and rng.random() < FORGOTTEN_SHARE:
-        wrong = str(int(answer) - 10)
-        reasoning, answer = reasoning.replace(f"{answer}.", f"{wrong}."), wrong
-    if rng.random() < FORMATTED_SHARE:
-        return XML_COT_FORMAT.format(reasoning=reasoning, answer=answer).rstrip("\n")
-    return f"{reasoning} The answer is {answer}."
-
-
-def train_tokenizer(problems: list[dict], solve=lambda problem: problem["rationale"]):
-    """A byte-level BPE tokenizer of at most 512 tokens for these problems and their solutions, with single digits, so
-    that sums are made of columns."""
+def train_tokenizer(lessons: list[dict]):
+    """A byte-level BPE tokenizer of at most 512 tokens for these conversations, with single digits, so that sums are
+    made of columns."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -280,8 +292,8 @@ def train_tokenizer(problems: list[dict], solve=lambda problem: problem["rationa
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    messages = [message["content"] for problem in problems for message in to_prompt(problem["question"])]
-    texts = messages + [solve(problem) for problem in problems]
+    messages = [message for lesson in lessons for message in lesson["prompt"] + lesson["completion"]]
+    texts = [f"{message['role']}\n{message['content']}" for message in messages]
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],

@@ -56,10 +56,16 @@ def tiny(data: Path, initializer_range: float):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    from rewards import to_prompt
     from support import demo
+    from support.cold_start import target
     from support.problems import load_problems
 
-    tokenizer = demo.train_tokenizer(load_problems(str(data), None, "train")[0])
+    problems, _ = load_problems(str(data), None, "train")
+    solved = [(to_prompt(problem["question"]), target(problem["rationale"], problem["answer"])) for problem in problems]
+    tokenizer = demo.train_tokenizer(
+        [{"prompt": prompt, "completion": [{"role": "assistant", "content": text}]} for prompt, text in solved]
+    )
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),

@@ -253,16 +253,25 @@ def test_a_model_without_weights_is_one_message(policy, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_goes_from_under_10_to_over_90_percent(tmp_path):
+def test_the_demo_learns_the_format_and_then_the_sums(tmp_path):
     output = tmp_path / "demo"
     done = start("train_grpo.py", "--demo", "--output_dir", output)
     assert done.returncode == 0, done.stderr[-4000:]
     before = json.loads((output / "evaluation_before.json").read_text())
     after = json.loads((output / "evaluation_after.json").read_text())
     assert before["n"] == after["n"] == 200
-    assert before["strict_accuracy"] < 0.10
-    assert after["strict_accuracy"] > 0.90
+    assert before["strict_accuracy"] < 0.05
+    assert 0.40 <= before["lenient_accuracy"] <= 0.75
+    assert after["strict_accuracy"] >= 0.92
+    assert after["lenient_accuracy"] >= 0.92
     assert "before GRPO" in done.stdout
+    assert len(re.findall(r"\((?:strict|lenient)\): better by .* p < 0.001, n = 200", done.stdout)) == 2
+    assert "{'train_runtime'" not in done.stdout
+    told = done.stdout.partition("---- one problem, gold ")[2]
+    gold = told.partition(" ----")[0]
+    wrong, right = told.split("after GRPO:")
+    assert f"= {int(gold) - 10}." in wrong, "the carry was forgotten"
+    assert f"<answer>\n{gold}\n</answer>" in right
 
     (output / "notes.txt").write_text("keep me")
     again = start("train_grpo.py", "--demo", "--output_dir", output, "--max_steps", 1)
