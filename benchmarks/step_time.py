@@ -36,7 +36,7 @@ from rewards import REWARD_FUNCS
 from support import demo
 from support.faults import protected
 from support.memory import device_memory, gpu_memory, needed
-from support.problems import load_problems, load_tokenizer
+from support.problems import load_tokenizer
 from support.record import Run, device_name
 from support.settings import read_settings
 
