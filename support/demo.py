@@ -49,7 +49,7 @@ THINGS = ("shells", "stamps", "pears", "books", "cups", "coins", "kites", "pens"
 LEARNING_RATE = 1e-4  # 20 times the recipe's: the policy is 2,000 times smaller
 COLD_START_LEARNING_RATE = 5e-4  # for --cold_start_examples; a quarter of the teaching's
 COLD_START_EPOCHS = 4
-MAX_STEPS = 120
+MAX_STEPS = 80
 MAX_COMPLETION_LENGTH = 48  # tokens; a formatted answer takes about 35
 
 CHAT_TEMPLATE = (

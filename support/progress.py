@@ -12,6 +12,7 @@ from support.generation import vllm_obstacle
 from support.memory import device_memory, gpu_memory, needed
 from support.record import device_name, printable
 
+WIDTH = 160  # of a step's line
 NO_SIGNAL_STEPS = 10
 NO_SIGNAL_WARNING = (
     f"for {NO_SIGNAL_STEPS} steps every group's completions all earned the same, so nothing was learned. Give a cold "
@@ -90,7 +91,7 @@ def _name(dtype) -> str:
 
 
 def step_line(step: int, max_steps: int, logs: dict) -> str:
-    """One readable line of a logging step, at most 160 characters; docs/metrics.md explains each word of it."""
+    """One readable line of a logging step, at most `WIDTH` characters; docs/metrics.md explains each word of it."""
     short = {"xmlcount": "xml", "soft_format": "soft", "strict_format": "strict", "correctness": "correct"}
     paid = {
         key.split("/")[1].removesuffix("_reward_func"): value
@@ -99,19 +100,21 @@ def step_line(step: int, max_steps: int, logs: dict) -> str:
     }
     key, name = ("kl", "KL") if "kl" in logs else ("entropy", "entropy")  # there is room for one of them
     seconds = logs.get("step_time", math.nan)
-    parts = (
+    parts = [
         f"step {step:>{len(str(max_steps))}}/{max_steps}",
         f"reward {logs['reward']:.2f} +-{_short(logs['reward_std'])}",
         f"({' '.join(f'{short.get(func, func)} {_short(value)}' for func, value in paid.items())})",
         f"length {logs['completions/mean_length']:.0f}",
         f"cut {logs['completions/clipped_ratio']:.0%}",
         f"no signal {logs['frac_reward_zero_std']:.0%}",
-        f"tokens {logs['computed_tokens']:.0%}" if "computed_tokens" in logs else "",
+        *([f"tokens {logs['computed_tokens']:.0%}"] if "computed_tokens" in logs else []),
         f"{name} {logs[key]:.2g}",
         f"grad {logs['grad_norm']:.2g}",
         f"{seconds:.{1 if seconds < 100 else 0}f} s",
-    )
-    return " ".join(filter(None, parts))
+    ]
+    while len(" ".join(parts)) > WIDTH:  # the log has it all
+        parts.pop(-2)
+    return " ".join(parts)
 
 
 def _short(number: float) -> str:

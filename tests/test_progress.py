@@ -31,11 +31,26 @@ def test_reward_up_and_accuracy_down_is_called_out(log, warns, reason):
     assert (closing_remark(log) is not None) == warns, reason
 
 
-def test_a_steps_line_is_at_most_160_characters_wide():
+LARGE = {"completions/mean_length": 8191.6, "step_time": 12345.6, "reward": 10.25, "reward_std": 10.25}
+
+
+@pytest.mark.parametrize(
+    ("steps", "changes", "reason"),
+    [
+        (1868, {}, "the default run"),
+        (1868, {"rewards/correctness_reward_func/mean": 1.75}, "mostly right"),
+        (1868, {"grad_norm": 1.2345e-05, "entropy": 1.2345e-05}, "very small"),
+        (1868, {"grad_norm": 1234.5, "entropy": 11.2}, "a gradient that blows up"),
+        (1868, {"kl": 1.2345e-05}, "a reference model"),
+        (100_000, LARGE, "a long run, with long completions and other rewards"),
+    ],
+)
+def test_a_steps_line_is_at_most_160_characters_wide(steps, changes, reason):
     rewards = {f"rewards/{function.__name__}/mean": 0.475 for function in REWARD_FUNCS}
     shares = {"completions/clipped_ratio": 1.0, "frac_reward_zero_std": 1.0, "computed_tokens": 1.0}
     numbers = {"reward": 3.8125, "reward_std": 0.8391, "completions/mean_length": 511.6, "step_time": 123.4}
     small = {"entropy": 0.012345, "grad_norm": 0.012345, "learning_rate": 4.9876e-06}
-    line = step_line(1868, 1868, {**rewards, **shares, **numbers, **small})
-    assert len(line) <= 160, line
-    assert " 3.81 " in line
+    logs = {**rewards, **shares, **numbers, **small, **changes}
+    line = step_line(steps, steps, logs)
+    assert len(line) <= 160, f"{reason}: {len(line)}, {line}"
+    assert f" {logs['reward']:.2f} " in line
