@@ -21,13 +21,14 @@ from pathlib import Path
 
 from rewards import XML_COT_FORMAT, is_strict_format, to_prompt
 from support import processes
-from support.checkpoints import checkpoints, differences, newest_whole
+from support.checkpoints import checkpoints, newest_whole
 from support.errors import BadInput
 from support.evaluation import score
 from support.faults import faults_explained, protected
 from support.generation import complete, load_policy
 from support.memory import LARGE_REMEDIES
 from support.record import printable, write_whole
+from support.resuming import differences
 
 FOLDER = "cold-start"
 TRIES = 8  # "self": problems tried for each example wanted, before it gives up

@@ -14,9 +14,10 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from support import memory, processes
-from support.checkpoints import SCRATCH, check_disk, complete, generation_cycle, is_finished, kept
+from support.checkpoints import SCRATCH, check_disk, kept
 from support.errors import BadInput, RunStopped
 from support.record import Run, printable, resume_command
+from support.resuming import complete, generation_cycle, is_finished
 
 LOCK = ".lock"
 

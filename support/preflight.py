@@ -196,8 +196,9 @@ def _output_folder(flags: argparse.Namespace) -> list[str]:
         return [f"OUTPUT_DIR {folder}: {there} cannot be written to"]
     if is_locked(folder):
         return [f"another run is writing to OUTPUT_DIR {folder}; wait for it, or give another folder"]
-    if flags.resume_from_checkpoint is not None:
-        return _resumed_folder(folder, flags.resume_from_checkpoint)
+    wanted = flags.resume_from_checkpoint
+    if wanted is not None and (wanted != "auto" or checkpoints(folder) or (folder / "run.json").is_file()):
+        return _resumed_folder(folder, wanted)
     if flags.demo and (folder / "run.json").is_file() and read_run(folder).get("settings", {}).get("demo") is True:
         return []  # the demo replaces its own earlier run, aloud
     is_used = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
@@ -209,7 +210,7 @@ def _output_folder(flags: argparse.Namespace) -> list[str]:
             "--resume_from_checkpoint auto, or start another with --output_dir OTHER"
         ]
     if kept := [name for name in RUN_FILES if (folder / name).exists()]:
-        ahead = "Continue it with --resume_from_checkpoint auto, or s" if (folder / "cold-start").is_dir() else "S"
+        ahead = "Continue it with --resume_from_checkpoint auto, or s" if kept[0] == "run.json" else "S"
         return [
             f"OUTPUT_DIR {folder} already holds an earlier run ({', '.join(kept)}) without checkpoints. "
             f"{ahead}tart another with --output_dir OTHER, or delete it"
@@ -223,13 +224,6 @@ def _resumed_folder(folder: Path, wanted: str) -> list[str]:
         checkpoint, skipped = newest_whole(folder)
         if checkpoint is None and skipped:
             return [f"--resume_from_checkpoint auto: no checkpoint in {folder} is whole. " + "; ".join(skipped)]
-        if checkpoint is None and (folder / "run.json").is_file() and read_run(folder).get("outcome") == "finished":
-            return [f"--resume_from_checkpoint auto: {folder} is a finished run without checkpoints, nothing to resume"]
-        if checkpoint is None and not (folder / "cold-start").is_dir():
-            return [
-                f"--resume_from_checkpoint auto: {folder} holds no checkpoint. Leave the flag out to start a run, in a "
-                "new folder where this one holds a run.json"
-            ]
         return []
     if not Path(wanted).is_dir():
         return [f"--resume_from_checkpoint {wanted}: no such folder; `auto` takes the newest in {folder}"]

@@ -7,10 +7,10 @@ from transformers import ProgressCallback
 
 from rewards import REWARD_FUNCS, completion_text, extract_xml_answer
 from support import processes
-from support.checkpoints import inexact_because
 from support.generation import vllm_obstacle
 from support.memory import device_memory, gpu_memory, needed
 from support.record import device_name, printable
+from support.resuming import inexact_because
 
 WIDTH = 160  # of a step's line
 NO_SIGNAL_STEPS = 10

@@ -12,12 +12,12 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 from yaml import YAMLError
 
 from support import demo, memory, processes
-from support.checkpoints import find_checkpoint
 from support.errors import BadInput, RunStopped
 from support.generation import vllm_obstacle
 from support.preflight import find_problems
 from support.problems import expand
 from support.record import printable
+from support.resuming import find_checkpoint
 
 RATES = ("learning_rate", "cold_start_learning_rate")  # times LORA_LEARNING_RATE_FACTOR with LoRA, unless given
 

@@ -111,8 +111,24 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(copy, policy, d
     (copy / "cold-start").mkdir()
     for path in checkpoints(copy):
         shutil.rmtree(path)
-    words = flags(policy, data, copy, **LONG)
-    assert "a finished run without checkpoints" in refused(capsys, 2, [*words, "--resume_from_checkpoint", "auto"])
+    before = weights(copy)
+    assert "already complete, its checkpoints are gone" in resumed_here(capsys, flags(policy, data, copy, **LONG))
+    assert identical(weights(copy), before)
+
+
+def test_auto_leaves_alone_a_folder_with_something_else(policy, data, capsys, tmp_path):
+    shutil.copytree(policy, tmp_path / "model")
+    words = [*flags(policy, data, tmp_path / "model", **LONG), "--resume_from_checkpoint", "auto"]
+    assert "already holds an earlier run (model.safetensors)" in refused(capsys, 2, words)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew_with_the_same_settings(copy, policy, data, capsys):
+    for path in [*checkpoints(copy), *copy.glob("model*"), copy / "trainer_state.json"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**run, "outcome": "running"}))
+    words = flags(policy, data, copy, **{**LONG, "learning_rate": "2e-3"})
+    assert "learning_rate: 0.001 -> 0.002" in refused(capsys, 2, [*words, "--resume_from_checkpoint", "auto"])
 
 
 def test_going_on_from_an_older_checkpoint_never_overwrites_a_newer_one(copy, policy, data, capsys):

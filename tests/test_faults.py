@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import random
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,24 @@ def test_a_run_killed_in_mid_step_resumes_to_the_same_run(undisturbed, policy, d
     assert newest_whole(tmp_path / "run")[0].name in ("checkpoint-4", "checkpoint-8", "checkpoint-12")
     resumed(tmp_path / "run", words)
     assert same_run(undisturbed, tmp_path / "run")
+
+
+def test_one_command_for_ever_starts_restarts_and_ends_a_run(undisturbed, policy, data, tmp_path):
+    """A supervisor's loop: the same line until it says that the run is complete, killed at random on the way."""
+    words = [*flags(policy, data, tmp_path / "run", **LONG), "--resume_from_checkpoint", "auto"]
+    moments, rng, said = ["problems to train on", "resume  ", "step  2/24", "step "], random.Random(19), []
+    while not said or "already complete" not in said[-1]:
+        process = launch("train_grpo.py", *words)
+        if moments:
+            until(process, moments.pop(0))
+            time.sleep(rng.random())
+            process.kill()
+        out, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors[-4000:]
+        said.append(out)
+        assert len(said) < 8
+    assert same_run(undisturbed, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "finished"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

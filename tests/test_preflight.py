@@ -29,7 +29,6 @@ MISTAKES = [
     (["1e-6"], ["1e-6"], "a stray value"),
     (["--model_name_or_path", "./nowhere"], ["MODEL_NAME_OR_PATH", "no such folder"], "no model"),
     (["--dataset_name", "/nowhere/at/all"], ["DATASET_NAME", "no such folder"], "no data"),
-    (["--resume_from_checkpoint", "auto"], ["holds no checkpoint"], "nothing to resume"),
     (["--resume_from_checkpoint", "./nowhere"], ["no such folder"], "a checkpoint that is not there"),
     (["--eval_strategy", "steps"], ["evaluate.py"], "an eval that this recipe does not run"),
     (["--use_vllm", "true"], ["USE_VLLM"], "vLLM without a GPU"),
