@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rewards import SYSTEM_PROMPT
 from support.errors import BadInput
-from support.evaluation import Task, compare, evaluate, in_words, load_evaluation, save, table
+from support.evaluation import Task, check_weights, compare, evaluate, in_words, load_evaluation, save, table
 from support.generation import BATCH_SIZE, complete, load_policy
 from support.problems import expand, load_tokenizer
 from support.processes import count, quiet
@@ -69,6 +69,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
 
 def ask(flags: argparse.Namespace, task: Task) -> str:
     """The answer to one question."""
+    check_weights(flags.model)
     tokenizer = load_tokenizer(flags.model, flags.model_revision, flags.trust_remote_code)
     policy = load_policy(flags.model, flags.model_revision, flags.use_cpu, flags.trust_remote_code)
     length, kwargs = task.max_completion_length, task.chat_template_kwargs

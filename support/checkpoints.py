@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from support import processes
+from support.checksums import CHECKSUMS, WEIGHTS, altered, write_checksums
 from support.errors import RunStopped
 from support.memory import gigabytes, size
 from support.record import resume_command
@@ -81,11 +83,12 @@ def is_sharded(checkpoint: Path) -> bool:
     return any((checkpoint / name).exists() for name in SHARDS)
 
 
-def newest_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that a run can go on from, and what is wrong with each newer one."""
+def newest_whole(output_dir: str | Path, read_all: bool = False) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that a run can go on from, and what is wrong with each newer one; with `read_all` by the
+    checksums as well."""
     skipped = []
     for checkpoint in reversed(checkpoints(output_dir)):
-        wrong = flaw(checkpoint)
+        wrong = flaw(checkpoint) or (altered(checkpoint) if read_all else None)
         if wrong is None:
             return checkpoint, skipped
         skipped.append(f"{checkpoint.name} cannot be used: {wrong}")
@@ -147,6 +150,11 @@ class WholeCheckpoints:
             if processes.is_main():
                 shutil.rmtree(scratch, ignore_errors=True)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        if processes.is_main() and not _internal_call:  # a checkpoint gets those of all its files
+            write_checksums(Path(output_dir or self.args.output_dir), WEIGHTS)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # of a policy with a `ref` adapter, a folder in the checkpoint, Transformers loads that alone, and leaves the
         # adapter in training as it was
@@ -158,13 +166,21 @@ class WholeCheckpoints:
 
 def _move_in(scratch: Path, folder: Path, name: str) -> None:
     """Bring a checkpoint to the disk, so that its new name cannot get there before its contents, and into place."""
-    for path in (*(scratch / name).rglob("*"), scratch / name):
-        number = os.open(path, os.O_RDONLY)
-        os.fsync(number)
-        os.close(number)
+    with ThreadPoolExecutor(1) as aside:
+        checksums = aside.submit(write_checksums, scratch / name)  # costs next to nothing while the disk is busy
+        _to_disk(*(scratch / name).rglob("*"))
+        checksums.result()
+    _to_disk(scratch / name / CHECKSUMS, scratch / name)
     if (folder / name).exists():  # damaged
         (folder / name).rename(scratch / "damaged")
     (scratch / name).rename(folder / name)
+
+
+def _to_disk(*paths: Path) -> None:
+    for path in paths:
+        number = os.open(path, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
 
 
 def check_disk(trainer) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards import SYSTEM_PROMPT, extract_xml_answer, is_strict_format, reflects, same_number, to_prompt
+from support.checksums import CHECKSUMS, WEIGHTS, altered, has_checksums
 from support.errors import BadInput
 from support.generation import BATCH_SIZE, VLLM_VERSIONS, complete, complete_with_vllm, load_policy, vllm_obstacle
 from support.problems import load_problems, load_tokenizer
-from support.record import set_aside, write_whole
+from support.record import read_run, set_aside, write_whole
 
 SIGNIFICANCE = 0.05  # a p-value from here on is no difference
 
@@ -129,6 +130,7 @@ def evaluate(
             f"--use_vllm true needs vLLM {' to '.join(VLLM_VERSIONS)} and a CUDA GPU, but {obstacle}; leave it out to "
             "use Transformers"
         )
+    check_weights(name)
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
     problems = task.problems()
     prompts = [task.prompt(problem["question"]) for problem in problems]
@@ -144,6 +146,19 @@ def evaluate(
     where = {"model": name, "dataset": task.dataset_name, "split": task.split}
     how = {key: getattr(task, key) for key in COMPARABLE}
     return {**where, **summarize(rows), "model_revision": revision, **how}, rows
+
+
+def check_weights(name: str) -> None:
+    """Compare a folder's weights with the checksums that they were saved with, where there are any; a line where a run's
+    have none.
+
+    Raises:
+        BadInput: they are not what was saved.
+    """
+    if wrong := altered(Path(name), WEIGHTS):
+        raise BadInput(f"model {name!r}: {wrong}. Take an older checkpoint, or a good copy")
+    if Path(name).is_dir() and read_run(Path(name)) and not has_checksums(Path(name)):
+        print(f"{name}: no {CHECKSUMS}, so that its weights are taken to be as they were saved")
 
 
 def held_out_problems(settings) -> list[dict]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from support import processes
 from support.checkpoints import is_sharded, newest_whole, state_of, weights_flaw
+from support.checksums import CHECKSUMS, WEIGHTS, altered, has_checksums, write_checksums
 from support.errors import RunStopped
 from support.record import describe, read_run
 
@@ -34,13 +35,19 @@ def find_checkpoint(settings) -> str | None:
     """
     chosen = settings.resume_from_checkpoint
     if chosen == "auto":
-        checkpoint, skipped = newest_whole(settings.output_dir)
+        checkpoint, skipped = newest_whole(settings.output_dir, read_all=True)
+        if checkpoint is None and skipped:
+            raise RunStopped(f"no checkpoint in {settings.output_dir} is whole. " + "; ".join(skipped), status=2)
         for line in skipped:
             print(f"{line}; taking {checkpoint.name}")
         chosen = str(checkpoint or settings.output_dir)
         if checkpoint is None and not (Path(chosen) / "run.json").is_file():
             print(f"{chosen}: no run is there yet, this one is the first")
             return None
+    elif wrong := altered(Path(chosen)):
+        raise RunStopped(f"{chosen}: {wrong}; `auto` takes the newest whole checkpoint", status=2)
+    if chosen != settings.output_dir and not has_checksums(Path(chosen)):
+        print(f"{chosen}: no {CHECKSUMS}, so that its files are taken to be as they were saved")
     run = read_run(Path(chosen))
     if "settings" not in run:
         print(f"{chosen}: no run.json beside it, so its settings are taken to be these")
@@ -128,6 +135,7 @@ def complete(settings, run) -> None:
     shards = ("latest", "global_step*", "zero_to_fp32.py", "pytorch_model_fsdp*")
     only_to_resume = shutil.ignore_patterns(*states, *shards)
     shutil.copytree(checkpoint, folder, ignore=only_to_resume, dirs_exist_ok=True)
+    write_checksums(folder, WEIGHTS)
     run.end("finished")
 
 

@@ -24,6 +24,8 @@ from conftest import (
 )
 
 from support.checkpoints import checkpoints, newest_whole
+from support.errors import BadInput
+from support.evaluation import check_weights
 
 DAMAGES = {
     "no optimizer": ("optimizer.pt", None, "optimizer.pt is missing"),
@@ -59,6 +61,46 @@ def test_a_damaged_checkpoint_is_known_as_such(case, copy):
     checkpoint, skipped = newest_whole(copy)
     assert checkpoint.name == "checkpoint-20"
     assert skipped == [f"checkpoint-24 cannot be used: {message}"]
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1  # another finite number
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "checksums.txt"])
+def test_a_flipped_bit_is_found_when_all_is_read(name, copy):
+    assert newest_whole(copy, read_all=True) == (copy / "checkpoint-24", [])
+    flip_a_bit(copy / "checkpoint-24" / name)
+    checkpoint, (skipped,) = newest_whole(copy, read_all=True)
+    assert checkpoint.name == "checkpoint-20"
+    assert skipped.startswith("checkpoint-24 cannot be used: ")
+
+
+def test_altered_weights_are_skipped_or_refused_and_without_checksums_taken_aloud(copy, policy, data, capsys):
+    words = flags(policy, data, copy, **{**LONG, "max_steps": "20", "allow_changed_settings": "true"})
+    flip_a_bit(copy / "checkpoint-24" / "model.safetensors")
+    given = ["--resume_from_checkpoint", copy / "checkpoint-24"]
+    assert "model.safetensors is not what was saved" in refused(capsys, 2, [*words, *given])
+    out = resumed_here(capsys, words)
+    assert "checkpoint-24 cannot be used: model.safetensors is not what was saved" in out
+    assert "taking checkpoint-20" in out
+    for checkpoint in checkpoints(copy):
+        (checkpoint / "checksums.txt").unlink()
+    assert "no checksums.txt" in resumed_here(capsys, words)
+
+
+def test_evaluate_refuses_weights_that_are_not_what_was_saved(copy, capsys):
+    check_weights(str(copy))
+    assert capsys.readouterr().out == ""
+    for folder in (copy, copy / "checkpoint-24"):
+        flip_a_bit(folder / "model.safetensors")
+        with pytest.raises(BadInput, match="is not what was saved"):
+            check_weights(str(folder))
+    (copy / "checksums.txt").unlink()
+    check_weights(str(copy))
+    assert "no checksums.txt" in capsys.readouterr().out
 
 
 KEPT_AFTER_EACH_SAVE = """
