@@ -2,10 +2,12 @@
 
     python evaluate.py outputs/MyRun                        # the whole test split
     python evaluate.py outputs/MyRun --compare Qwen/Qwen2.5-1.5B-Instruct --limit 200
+    python evaluate.py Qwen/Qwen2.5-1.5B-Instruct --native  # with the prompt it was made for
     python evaluate.py outputs/MyRun --ask "how many r's are in strawberry?"
 
 Strict accuracy counts the right number in the required format, lenient accuracy the right number as the last one
-anywhere in the text: the gap between them is format, not arithmetic.
+anywhere in the text: the gap between them is format, not arithmetic. --compare shows three columns: the baseline with
+its native prompt, the baseline with the recipe's, and the model; what the first already solves was not learned here.
 """
 
 import argparse
@@ -14,8 +16,9 @@ import sys
 from pathlib import Path
 
 from rewards import SYSTEM_PROMPT
+from support.comparison import baselines, compare, home, native_obstacle, table, verdicts
 from support.errors import BadInput
-from support.evaluation import Task, check_weights, compare, evaluate, in_words, load_evaluation, save, table
+from support.evaluation import Task, check_weights, evaluate, save, stem
 from support.generation import BATCH_SIZE, complete, load_policy
 from support.problems import expand, load_tokenizer
 from support.processes import count, quiet
@@ -30,6 +33,11 @@ DEFAULTS = {  # what is measured where neither the run nor a flag says otherwise
     "one_shot": False,
 }
 
+NATIVE_HELP = (
+    "measure with the prompt a model was made for; beside --compare, insist on the baseline's native column, or leave "
+    "it out (default: where it has one)"
+)
+
 
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
     """Flags; what none names comes from the run that trained the model, else from `DEFAULTS`."""
@@ -37,6 +45,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
     add = parser.add_argument
     add("model", help="Hub name, local folder, or a run's folder or checkpoint")
     add("--compare", metavar="BASELINE", help="another model, or a folder that holds its evaluation")
+    add("--native", action=argparse.BooleanOptionalAction, help=NATIVE_HELP)
     add("--model_revision", help="branch, tag or commit of a model on the Hub")
     add("--dataset_name", help="Hub name or folder (default: the run's, else openai/gsm8k)")
     add("--dataset_config", help="Hub configuration (default: the run's, else main)")
@@ -78,50 +87,31 @@ def ask(flags: argparse.Namespace, task: Task) -> str:
     return printable(answer["text"]) + (" [cut off]" if answer["truncated"] else "")
 
 
-def home(name: str) -> Path:
-    """The folder a model's evaluation goes to: its own, or one under outputs/ for a model on the Hub."""
-    folder = Path(name)
-    return folder if folder.is_dir() else Path("outputs") / name.replace("/", "--")
-
-
 def options(flags: argparse.Namespace) -> dict:
     """How to run a model, as `evaluate` takes it."""
     return {name: getattr(flags, name) for name in ("batch_size", "use_vllm", "use_cpu", "trust_remote_code")}
 
 
-def baseline_evaluation(flags: argparse.Namespace, task: Task) -> tuple[dict, list[dict]]:
-    """The baseline's evaluation: the one in its folder, else made and saved there now."""
-    folder = home(flags.compare)
-    if (folder / "evaluation.jsonl").is_file():
-        report, rows = load_evaluation(folder, task)
-        print(f"baseline: the evaluation of {report['model']} in {folder}")
-        return report, rows
-    print(f"baseline: {flags.compare}")
-    report, rows = evaluate(flags.compare, task, **options(flags))
-    save(folder, report, rows)
-    return report, rows
-
-
 def run(flags: argparse.Namespace, task: Task) -> None:
     """Evaluate, compare where asked to, write and print."""
-    baseline = baseline_evaluation(flags, task) if flags.compare else None
+    before = baselines(flags.compare, task, flags.native, **options(flags)) if flags.compare else {}
+    if flags.native and not before:
+        if obstacle := native_obstacle(flags.model):
+            raise BadInput(f"--native: {obstacle}")
+        task = task.natively()
     print(f"model: {flags.model}")
     report, rows = evaluate(flags.model, task, revision=flags.model_revision, **options(flags))
-    columns = {Path(flags.model).name: report}
-    if baseline:
-        report["comparison"] = {"baseline": flags.compare, **compare(rows, baseline[1])}
-        columns = {"baseline": baseline[0], "model": report}
+    if before:
+        report["comparison"] = {"baseline": flags.compare, **compare(rows, before["baseline"][1])}
+        if "baseline native" in before:
+            report["comparison"]["native"] = compare(rows, before["baseline native"][1], "lenient")
     folder = Path(flags.output_dir or home(flags.model))
-    save(folder, report, rows)
-    print(table(columns))
-    if baseline:
-        counts = report["comparison"]
-        print(
-            f"strict results in pairs: both right {counts['both_right']}, only the model {counts['only_model_right']}, "
-            f"only the baseline {counts['only_baseline_right']}, both wrong {counts['both_wrong']}\n"
-            f"{flags.model} against {flags.compare}: {in_words(counts)}"
-        )
-    print(f"written: {folder / 'evaluation.json'}, {folder / 'evaluation.jsonl'}")
+    save(folder, task, report, rows)
+    columns = {name: measured for name, (measured, _) in before.items()}
+    print(table({**columns, "model": report} if before else {Path(flags.model).name: report}))
+    if before:
+        print(verdicts(flags.model, flags.compare, report["comparison"]))
+    print(f"written: {folder / stem(task)}.json and .jsonl")
 
 
 def main(argv: list[str] | None = None) -> None:

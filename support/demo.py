@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from rewards import TAGS, XML_COT_FORMAT, to_prompt
-from support.evaluation import compare, evaluate, in_words, table, task_of
+from support.comparison import compare, in_words, table
+from support.evaluation import evaluate, task_of
 from support.record import printable, write_whole
 
 # teaching

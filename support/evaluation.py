@@ -1,9 +1,9 @@
-"""Greedy accuracy on held-out problems: scores, statistics, two evaluations compared."""
+"""Greedy accuracy on held-out problems: scores and statistics, with the recipe's prompt or the model's own."""
 
 import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rewards import SYSTEM_PROMPT, extract_xml_answer, is_strict_format, reflects, same_number, to_prompt
@@ -13,22 +13,16 @@ from support.generation import BATCH_SIZE, VLLM_VERSIONS, complete, complete_wit
 from support.problems import load_problems, load_tokenizer
 from support.record import read_run, set_aside, write_whole
 
-SIGNIFICANCE = 0.05  # a p-value from here on is no difference
+# Qwen's own evaluation asks like this, without a system prompt of ours
+# (QwenLM/Qwen2.5-Math, evaluation/utils.py, 'qwen25-math-cot')
+NATIVE_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 # what must be the same of two evaluations, beside their problems
-COMPARABLE = ("max_completion_length", "chat_template_kwargs", "one_shot", "system_prompt")
-
-# of a report's table, with their format
-ROWS = {
-    "strict_accuracy": ".1%",
-    "lenient_accuracy": ".1%",
-    "format_rate": ".1%",
-    "truncated_rate": ".1%",
-    "mean_completion_tokens": ".1f",
-    "reflection_rate": ".1%",
-}
+COMPARABLE = ("max_completion_length", "chat_template_kwargs", "one_shot", "system_prompt", "native_instruction")
 
 LAST_NUMBER = re.compile(r"(?:(?<![\w.,])-)?\$?[0-9][0-9,]*(?:\.[0-9]+)?")
+BOXED_OR_BRACE = re.compile(r"\\boxed\s{0,4}\{|\\[{}]|[{}]")
+TEX_SPACING = re.compile(r"\\[,!; ]|\{,\}")  # 1\,080 and 1{,}080 are 1080, $\$5$ is $5
 
 
 # ---- scores
@@ -40,11 +34,32 @@ def last_number(text: str) -> str | None:
     return numbers[-1].rstrip(",") if numbers else None
 
 
-def score(index: int, problem: dict, completion: dict) -> dict:
-    """One line of evaluation.jsonl: a problem, its completion, and whether it is right."""
+def last_boxed(text: str) -> str | None:
+    """What stands in the last `\\boxed{}` that is closed, its braces balanced; None without one."""
+    opened: list[int | None] = []  # where the content of each open brace starts, None where it is no box's
+    found = None
+    for match in BOXED_OR_BRACE.finditer(text):
+        if match[0].endswith("{") and match[0] != "\\{":
+            opened.append(match.end() if len(match[0]) > 1 else None)
+        elif match[0] == "}" and opened and (start := opened.pop()) is not None:
+            found = (start, match.start())
+    return found and text[slice(*found)]
+
+
+def native_answer(text: str) -> str | None:
+    """The number in the last `\\boxed{}` if there is one, else the last number; None without either."""
+    boxed = last_boxed(text)
+    if boxed is None:
+        return last_number(text)
+    return last_number(TEX_SPACING.sub(lambda m: "," if "{" in m[0] else "", boxed).replace("\\", " "))
+
+
+def score(index: int, problem: dict, completion: dict, native: bool = False) -> dict:
+    """One line of evaluation.jsonl: a problem, its completion, and whether it is right. With the model's own prompt
+    nothing was asked of the format, so that strict and format are None."""
     text, gold = completion["text"], problem["answer"]
-    extracted = extract_xml_answer(text)
-    in_format = is_strict_format(text)
+    extracted = native_answer(text) if native else extract_xml_answer(text)
+    in_format = None if native else is_strict_format(text)
     return {
         "index": index,
         "question": problem["question"],
@@ -52,7 +67,7 @@ def score(index: int, problem: dict, completion: dict) -> dict:
         "completion": text,
         "extracted": extracted,
         "strict": in_format and same_number(extracted, gold),
-        "lenient": same_number(last_number(text), gold),
+        "lenient": same_number(extracted if native else last_number(text), gold),
         "format": in_format,
         "truncated": completion["truncated"],
         "tokens": completion["tokens"],
@@ -60,19 +75,20 @@ def score(index: int, problem: dict, completion: dict) -> dict:
 
 
 def summarize(rows: list[dict]) -> dict:
-    """Shares over the problems, with the 95% Wilson interval of strict accuracy."""
+    """Shares over the problems, with the 95% Wilson interval of strict accuracy; None of what was not asked for."""
     from scipy.stats import binomtest
 
     n = len(rows)
 
-    def share(key: str) -> float:
-        return sum(row[key] for row in rows) / n
+    def share(key: str) -> float | None:
+        return None if rows[0][key] is None else sum(row[key] for row in rows) / n
 
-    interval = binomtest(sum(row["strict"] for row in rows), n).proportion_ci(method="wilson")
+    strict = None if rows[0]["strict"] is None else sum(row["strict"] for row in rows)
+    interval = None if strict is None else binomtest(strict, n).proportion_ci(method="wilson")
     return {
         "n": n,
         "strict_accuracy": share("strict"),
-        "strict_ci95": [interval.low, interval.high],
+        "strict_ci95": interval and [interval.low, interval.high],
         "lenient_accuracy": share("lenient"),
         "format_rate": share("format"),
         "truncated_rate": share("truncated"),
@@ -93,12 +109,19 @@ class Task:
     one_shot: bool = False  # a worked example before the question
     system_prompt: str = SYSTEM_PROMPT
     limit: int | None = None  # only the first so many problems
+    native_instruction: str | None = None  # in place of the recipe's prompt, behind the question
 
     def problems(self) -> list[dict]:
         return load_problems(self.dataset_name, self.dataset_config, self.split)[0][: self.limit]
 
     def prompt(self, question: str) -> list[dict]:
+        if self.native_instruction:
+            return [{"role": "user", "content": f"{question}\n{self.native_instruction}"}]
         return to_prompt(question, self.system_prompt, self.one_shot)
+
+    def natively(self) -> "Task":
+        """The same problems and limits, with the prompt that a model was made for."""
+        return replace(self, native_instruction=NATIVE_INSTRUCTION, system_prompt="", one_shot=False)
 
 
 def task_of(settings) -> Task:
@@ -142,15 +165,15 @@ def evaluate(
     else:
         policy = load_policy(name, revision, use_cpu, trust_remote_code)
         completions = complete(policy, tokenizer, prompts, length, batch_size, kwargs)
-    rows = [score(i, *pair) for i, pair in enumerate(zip(problems, completions, strict=True))]
+    native = task.native_instruction is not None
+    rows = [score(i, *pair, native) for i, pair in enumerate(zip(problems, completions, strict=True))]
     where = {"model": name, "dataset": task.dataset_name, "split": task.split}
     how = {key: getattr(task, key) for key in COMPARABLE}
     return {**where, **summarize(rows), "model_revision": revision, **how}, rows
 
 
 def check_weights(name: str) -> None:
-    """Compare a folder's weights with the checksums that they were saved with, where there are any; a line where a run's
-    have none.
+    """Compare a folder's weights with the checksums that they were saved with; a line where a run's have none.
 
     Raises:
         BadInput: they are not what was saved.
@@ -176,95 +199,16 @@ def held_out_problems(settings) -> list[dict]:
     return random.Random(0).sample(problems, min(settings.eval_problems, len(problems)))
 
 
-def save(folder: Path, report: dict, rows: list[dict]) -> None:
+def stem(task: Task) -> str:
+    """The name of an evaluation's files: one with the model's own prompt lies beside the other."""
+    return "evaluation" if task.native_instruction is None else "evaluation-native"
+
+
+def save(folder: Path, task: Task, report: dict, rows: list[dict]) -> None:
     """Write evaluation.json and evaluation.jsonl, each whole or not at all; earlier ones are set aside."""
     folder.mkdir(parents=True, exist_ok=True)
-    for kept in set_aside(folder, "evaluation.json", "evaluation.jsonl"):
-        print(f"the earlier {kept.name.split('.')[0]} is kept as {kept}")
-    write_whole(folder / "evaluation.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_whole(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
-
-
-# ---- comparison
-
-
-def load_evaluation(folder: Path, task: Task) -> tuple[dict, list[dict]]:
-    """A finished evaluation of the same task out of a folder.
-
-    Raises:
-        BadInput: it is damaged, or measured something else; the message says what.
-    """
-    try:
-        report = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
-        of, written = Path(report["model"]), (folder / "evaluation.jsonl").stat().st_mtime
-        asked = [(row["question"], row["gold"]) for row in rows]
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{folder}: its evaluation cannot be read ({error!r}); evaluate it again") from error
-    weights = [*folder.glob("*.safetensors")]
-    if weights and (of.resolve() != folder.resolve() or max(path.stat().st_mtime for path in weights) > written):
-        raise BadInput(
-            f"{folder}: the evaluation there is of {of} or of earlier weights; evaluate {folder} again first"
-        )
-    differing = [
-        f"{name.replace('_', ' ')}: {report.get(name)!r} there, {getattr(task, name)!r} here"
-        for name in COMPARABLE
-        if report.get(name) != getattr(task, name)
-    ]
-    wanted = [(problem["question"], problem["answer"]) for problem in task.problems()]
-    if asked != wanted:
-        same = sum(first == second for first, second in zip(asked, wanted, strict=False))
-        differing.insert(0, f"problems: {len(asked)} there, {len(wanted)} here, {same} of them the same")
-    if differing:
-        raise BadInput(f"{folder}: its evaluation is not comparable. " + "; ".join(differing))
-    return report, rows
-
-
-def compare(rows: list[dict], baseline: list[dict], key: str = "strict") -> dict:
-    """Paired comparison of strict (or lenient) results: the four counts, the difference, the exact p-value of McNemar's
-    test.
-
-    Only problems that exactly one of the two gets right say anything: were the two equally good, each such problem
-    would fall to either with probability 1/2 (McNemar 1947, in its exact binomial form).
-    """
-    from scipy.stats import binomtest
-
-    pairs = [(row[key], other[key]) for row, other in zip(rows, baseline, strict=True)]
-    gained, lost = pairs.count((True, False)), pairs.count((False, True))
-    return {
-        "difference": (gained - lost) / len(pairs),
-        "both_right": pairs.count((True, True)),
-        "only_model_right": gained,
-        "only_baseline_right": lost,
-        "both_wrong": pairs.count((False, False)),
-        "mcnemar_p": binomtest(gained, gained + lost).pvalue if gained + lost else 1.0,
-        "n": len(pairs),
-    }
-
-
-def in_words(comparison: dict) -> str:
-    """The comparison as a sentence: a difference, or none that so many problems could show."""
-    p, n, points = comparison["mcnemar_p"], comparison["n"], 100 * comparison["difference"]
-    p_text = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-    if p >= SIGNIFICANCE:
-        return f"no difference that n = {n:,} could show ({points:+.1f} points, {p_text})"
-    return f"{'better' if points > 0 else 'worse'} by {abs(points):.1f} points, {p_text}, n = {n:,}"
-
-
-def table(reports: dict[str, dict]) -> str:
-    """A column for each named report; of two, also the second minus the first."""
-    first, last = next(iter(reports.values())), next(reversed(reports.values()))
-    width = max(18, *(len(name) + 2 for name in reports))
-    lines = [f"{'':<24}" + "".join(f"{name:>{width}}" for name in reports)]
-    lines[0] += f"{'difference':>12}" if len(reports) == 2 else ""
-    for key, unit in ROWS.items():
-        line = f"{key.replace('_', ' '):<24}" + "".join(f"{report[key]:>{width}{unit}}" for report in reports.values())
-        if len(reports) == 2:
-            change = last[key] - first[key]
-            line += f"{100 * change:>+12.1f}" if unit == ".1%" else f"{change:>+12.1f}"
-        lines.append(line)
-        if key == "strict_accuracy":
-            intervals = (f"{low:.1%} - {high:.1%}" for low, high in (r["strict_ci95"] for r in reports.values()))
-            lines.append(f"{'  95% interval':<24}" + "".join(f"{interval:>{width}}" for interval in intervals))
-    lines.append(f"{'problems (n)':<24}" + "".join(f"{report['n']:>{width},}" for report in reports.values()))
-    return "\n".join(lines)
+    path = folder / f"{stem(task)}.json"
+    for kept in set_aside(folder, path.name, f"{path.name}l"):
+        print(f"the earlier {kept.name} is kept as {kept}")
+    write_whole(path.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(path, json.dumps(report, indent=2) + "\n")  # last: it says that both are there

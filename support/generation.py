@@ -4,6 +4,7 @@ from importlib import metadata
 
 from support.checkpoints import checkpoints
 from support.errors import BadInput
+from support.problems import tokenize
 
 BATCH_SIZE = 64  # problems at a time
 VLLM_VERSIONS = ("0.22.0", "0.31.0")  # lowest and highest that TRL 1.16 supports
@@ -69,9 +70,7 @@ def complete(
     from tqdm import tqdm
 
     eos_ids = _set_generation(model, tokenizer, max_completion_length, temperature)
-    token_ids = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, return_dict=True, **(chat_template_kwargs or {})
-    )["input_ids"]
+    token_ids = tokenize(tokenizer, prompts, chat_template_kwargs)
     order = sorted(range(len(prompts)), key=lambda i: -len(token_ids[i]))
     completions: list[dict] = [{}] * len(prompts)
     bar = tqdm(total=len(prompts), unit="problem", dynamic_ncols=True, disable=None if progress else True)
@@ -123,9 +122,7 @@ def complete_with_vllm(
 
     from vllm import LLM, SamplingParams
 
-    token_ids = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, return_dict=True, **chat_template_kwargs
-    )["input_ids"]
+    token_ids = tokenize(tokenizer, prompts, chat_template_kwargs)
     longest = max(map(len, token_ids)) + max_completion_length
     engine = LLM(
         model=name,

@@ -154,6 +154,29 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
+def tokenize(tokenizer, prompts: list[list[dict]], chat_template_kwargs: dict | None = None) -> list[list[int]]:
+    """Token ids of conversational prompts, the assistant's turn opened.
+
+    Raises:
+        BadInput: the model's chat template refuses them, or leaves their system prompt out.
+    """
+    from jinja2 import TemplateError
+
+    options = {"add_generation_prompt": True, **(chat_template_kwargs or {})}
+    first = prompts[0][0] if prompts else {"role": "none"}
+    name, remedy = tokenizer.name_or_path, "Choose a model that takes one; evaluate.py --native measures without it."
+    try:
+        if first["role"] == "system":
+            text = tokenizer.apply_chat_template(prompts[0], tokenize=False, **options)
+            if first["content"].strip() not in text:
+                raise BadInput(f"model {name!r}: its chat template leaves the system prompt out. {remedy}")
+        return tokenizer.apply_chat_template(prompts, return_dict=True, **options)["input_ids"]
+    except TemplateError as error:
+        if first["role"] == "system":
+            raise BadInput(f"model {name!r}: its chat template refuses a system prompt ({error}). {remedy}") from error
+        raise BadInput(f"model {name!r}: its chat template refuses the prompt ({error})") from error
+
+
 def drop_long(samples: list[dict], tokenizer, settings) -> list[dict]:
     """The samples whose prompt, chat template included, has at most MAX_PROMPT_LENGTH tokens.
 
@@ -162,8 +185,7 @@ def drop_long(samples: list[dict], tokenizer, settings) -> list[dict]:
     """
     limit, prompts_at_once = settings.max_prompt_length, settings.generation_batch_size // settings.num_generations
     prompts = [sample["prompt"] for sample in samples]
-    options = {"add_generation_prompt": True, "return_dict": True, **(settings.chat_template_kwargs or {})}
-    token_ids = tokenizer.apply_chat_template(prompts, **options)["input_ids"]
+    token_ids = tokenize(tokenizer, prompts, settings.chat_template_kwargs)
     kept = [sample for sample, ids in zip(samples, token_ids, strict=True) if len(ids) <= limit]
     if len(kept) < prompts_at_once:
         raise BadInput(

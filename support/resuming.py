@@ -33,21 +33,8 @@ def find_checkpoint(settings) -> str | None:
     Raises:
         RunStopped: settings that shape the trajectory are not those of the checkpoint's run.
     """
-    chosen = settings.resume_from_checkpoint
-    if chosen == "auto":
-        checkpoint, skipped = newest_whole(settings.output_dir, read_all=True)
-        if checkpoint is None and skipped:
-            raise RunStopped(f"no checkpoint in {settings.output_dir} is whole. " + "; ".join(skipped), status=2)
-        for line in skipped:
-            print(f"{line}; taking {checkpoint.name}")
-        chosen = str(checkpoint or settings.output_dir)
-        if checkpoint is None and not (Path(chosen) / "run.json").is_file():
-            print(f"{chosen}: no run is there yet, this one is the first")
-            return None
-    elif wrong := altered(Path(chosen)):
-        raise RunStopped(f"{chosen}: {wrong}; `auto` takes the newest whole checkpoint", status=2)
-    if chosen != settings.output_dir and not has_checksums(Path(chosen)):
-        print(f"{chosen}: no {CHECKSUMS}, so that its files are taken to be as they were saved")
+    if (chosen := _choose(settings)) is None:
+        return None
     run = read_run(Path(chosen))
     if "settings" not in run:
         print(f"{chosen}: no run.json beside it, so its settings are taken to be these")
@@ -74,6 +61,27 @@ def find_checkpoint(settings) -> str | None:
             print(f"{chosen}: no checkpoint of GRPO yet, {begun}")
         return None
     _say_how_it_splits(Path(chosen), run, settings)
+    return chosen
+
+
+def _choose(settings) -> str | None:
+    """The checkpoint that is asked for, whole by its checksums, or the run's folder where there is none yet; None for a
+    run that has yet to begin."""
+    chosen = settings.resume_from_checkpoint
+    if chosen == "auto":
+        checkpoint, skipped = newest_whole(settings.output_dir, read_all=True)
+        if checkpoint is None and skipped:
+            raise RunStopped(f"no checkpoint in {settings.output_dir} is whole. " + "; ".join(skipped), status=2)
+        for line in skipped:
+            print(f"{line}; taking {checkpoint.name}")
+        chosen = str(checkpoint or settings.output_dir)
+        if checkpoint is None and not (Path(chosen) / "run.json").is_file():
+            print(f"{chosen}: no run is there yet, this one is the first")
+            return None
+    elif wrong := altered(Path(chosen)):
+        raise RunStopped(f"{chosen}: {wrong}; `auto` takes the newest whole checkpoint", status=2)
+    if chosen != settings.output_dir and not has_checksums(Path(chosen)):
+        print(f"{chosen}: no {CHECKSUMS}, so that its files are taken to be as they were saved")
     return chosen
 
 

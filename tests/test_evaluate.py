@@ -11,7 +11,7 @@ from conftest import launch, problem, start, write_jsonl
 
 import evaluate
 from rewards import to_prompt
-from support import evaluation, generation
+from support import comparison, evaluation, generation
 from support.errors import BadInput
 from support.generation import vllm_obstacle
 from support.problems import load_problems, load_tokenizer
@@ -182,8 +182,8 @@ def results(*pattern: tuple[int, bool, bool]) -> tuple[list[dict], list[dict]]:
 
 
 def test_mcnemar_is_exact_on_the_discordant_pairs():
-    comparison = evaluation.compare(*results((50, True, True), (9, True, False), (1, False, True), (40, False, False)))
-    assert comparison == {
+    counts = comparison.compare(*results((50, True, True), (9, True, False), (1, False, True), (40, False, False)))
+    assert counts == {
         "difference": 0.08,
         "both_right": 50,
         "only_model_right": 9,
@@ -195,8 +195,8 @@ def test_mcnemar_is_exact_on_the_discordant_pairs():
 
 
 def test_two_equal_models_differ_by_nothing():
-    comparison = evaluation.compare(*results((3, True, True), (4, False, False)))
-    assert (comparison["difference"], comparison["mcnemar_p"]) == (0.0, 1.0)
+    counts = comparison.compare(*results((3, True, True), (4, False, False)))
+    assert (counts["difference"], counts["mcnemar_p"]) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_two_equal_models_differ_by_nothing():
     ],
 )
 def test_a_comparison_in_words(pattern, words):
-    assert evaluation.in_words(evaluation.compare(*results(*pattern))).startswith(words)
+    assert comparison.in_words(comparison.compare(*results(*pattern))).startswith(words)
 
 
 def test_comparing_evaluates_both_and_reuses_what_the_baseline_has(trained, policy, data, tmp_path):
@@ -217,11 +217,22 @@ def test_comparing_evaluates_both_and_reuses_what_the_baseline_has(trained, poli
     shutil.copytree(policy, baseline)
     first = start("evaluate.py", run, "--compare", baseline, "--limit", 8, "--output_dir", tmp_path / "first")
     assert first.returncode == 0, first.stderr[-3000:]
-    for text in ("baseline", "model", "difference", "lenient accuracy", "both right 0", "no difference that n = 8"):
+    for text in (
+        "baseline native",
+        "baseline",
+        "model",
+        "lenient accuracy",
+        "both right 0",
+        "no difference that n = 8",
+    ):
         assert text in first.stdout
-    comparison = json.loads((tmp_path / "first" / "evaluation.json").read_text())["comparison"]
-    assert (comparison["n"], comparison["baseline"]) == (8, str(baseline))
+    paired = json.loads((tmp_path / "first" / "evaluation.json").read_text())["comparison"]
+    assert (paired["n"], paired["baseline"]) == (8, str(baseline))
     assert len((baseline / "evaluation.jsonl").read_text().splitlines()) == 8
+    native = json.loads((baseline / "evaluation-native.json").read_text())
+    assert (native["n"], native["strict_accuracy"], native["format_rate"]) == (8, None, None)
+    assert paired["native"]["n"] == 8
+    assert f"against {baseline} with its native prompt, lenient: " in first.stdout
 
     (baseline / "model.safetensors").unlink()
     second = start("evaluate.py", run, "--compare", baseline, "--limit", 8, "--output_dir", tmp_path / "second")
@@ -258,8 +269,8 @@ def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path)
         "chat_template_kwargs": {},
         "system_prompt": task.system_prompt,
     }
-    evaluation.save(tmp_path, report, rows)
-    assert evaluation.load_evaluation(tmp_path, task) == (report, rows)
+    evaluation.save(tmp_path, task, report, rows)
+    assert comparison.load_evaluation(tmp_path, task) == (report, rows)
 
 
 def test_an_interrupted_evaluation_leaves_nothing_that_looks_whole(babbler, tmp_path):
@@ -275,6 +286,93 @@ def test_an_interrupted_evaluation_leaves_nothing_that_looks_whole(babbler, tmp_
     assert process.returncode == 130
     assert "interrupted; nothing was written" in errors
     assert not (tmp_path / "out").exists()
+
+
+# ---- the prompt a model was made for
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "reason"),
+    [
+        (r"so \boxed{72}.", "72", "the box"),
+        (r"\boxed{72} after 3 hours", "72", "a number after the box does not count"),
+        (r"first \boxed{1}, no, \boxed{72}", "72", "the last box"),
+        (r"\boxed{72\text{ eggs}}", "72", "a unit in braces of its own"),
+        (r"\boxed{\$1,080.00}", "$1,080.00", "TeX's dollar"),
+        (r"\boxed{1{,}080}", "1,080", "TeX's comma"),
+        (r"\boxed{1\,080}", "1080", "TeX's thin space"),
+        (r"\boxed{50\%}", "50", "TeX's percent"),
+        (r"\boxed{x = -4}", "-4", "an equation"),
+        (r"\boxed {\{72\}}", "72", "escaped braces"),
+        (r"\boxed{5} and then \boxed{72", "5", "a box that was cut off is none"),
+        (r"It is 72, \boxed{72", "72", "no box, the last number"),
+        (r"4 \boxed{} 5", None, "an empty box holds no number"),
+        (r"}} 72 {", "72", "stray braces"),
+        ("", None, "empty"),
+    ],
+)
+def test_a_native_answer_is_the_last_box_else_the_last_number(text, number, reason):
+    assert evaluation.native_answer(text) == number, reason
+
+
+def test_reading_a_box_takes_linear_time():
+    started = time.perf_counter()
+    assert evaluation.last_boxed("\\boxed{" * 200_000) is None
+    assert evaluation.last_boxed("\\boxed{" * 100_000 + "7" + "}" * 100_000).startswith("\\boxed{")
+    assert time.perf_counter() - started < 5
+
+
+def test_a_native_prompt_has_no_system_message_of_ours(data):
+    task = evaluation.Task(str(data), None, "test", 12, {}, one_shot=True).natively()
+    (message,) = task.prompt("How many?")
+    assert message["role"] == "user"
+    assert message["content"].startswith("How many?\n")
+    assert "\\boxed{}" in message["content"]
+    assert "<answer>" not in message["content"]
+
+
+def test_native_alone_lies_beside_the_recipes_evaluation(trained, tmp_path):
+    run, _ = trained
+    done = start("evaluate.py", run, "--native", "--limit", 3, "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "evaluation-native.json").read_text())
+    assert (report["n"], report["native_instruction"]) == (3, evaluation.NATIVE_INSTRUCTION)
+    assert not (tmp_path / "evaluation.json").exists()
+    assert re.search(r"strict accuracy +-\n", done.stdout), "what was not asked for is not measured"
+
+
+def test_a_model_without_a_native_prompt_says_so(policy, tmp_path, capsys):
+    shutil.copytree(policy, tmp_path / "taught-0")
+    (tmp_path / "taught-0" / "teaching.json").write_text("{}")
+    with pytest.raises(SystemExit, match="the demo's tiny policy"):
+        evaluate.main([str(tmp_path / "taught-0"), "--native"])
+    (tmp_path / "empty").mkdir()
+    assert "holds an evaluation, but no model" in comparison.native_obstacle(str(tmp_path / "empty"))
+    assert comparison.native_obstacle(str(policy)) is None
+    assert comparison.native_obstacle("Qwen/Qwen2.5-1.5B-Instruct") is None
+
+
+TEMPLATES = {
+    "no chat template": None,
+    "refuses a system prompt": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "{{ messages[0]['content'] }}",
+    "leaves the system prompt out": "{{ messages[-1]['content'] }}",
+}
+
+
+@pytest.mark.parametrize("message", TEMPLATES)
+def test_a_model_whose_template_cannot_say_the_prompt_is_told_from_the_others(policy, data, tmp_path, message):
+    folder = shutil.copytree(policy, tmp_path / "odd")
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.chat_template = TEMPLATES[message]
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    words = [str(folder), "--dataset_name", str(data), "--limit", "2", "--max_completion_length", "4", "--use_cpu"]
+    with pytest.raises(SystemExit, match=message):
+        evaluate.main(words)
+    if TEMPLATES[message]:
+        evaluate.main([*words, "--native"])
+        assert (folder / "evaluation-native.json").is_file()
 
 
 # ---- mistakes

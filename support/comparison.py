@@ -1,0 +1,177 @@
+"""Two evaluations of the same problems: which problems each of them solves, and what that can show."""
+
+import json
+from pathlib import Path
+
+from support.errors import BadInput
+from support.evaluation import COMPARABLE, Task, evaluate, save, stem
+from support.record import read_run
+
+SIGNIFICANCE = 0.05  # a p-value from here on is no difference
+
+# of a report's table, with their format
+ROWS = {
+    "strict_accuracy": ".1%",
+    "lenient_accuracy": ".1%",
+    "format_rate": ".1%",
+    "truncated_rate": ".1%",
+    "mean_completion_tokens": ".1f",
+    "reflection_rate": ".1%",
+}
+
+
+# ---- the baseline
+
+
+def home(name: str) -> Path:
+    """The folder a model's evaluation goes to: its own, or one under outputs/ for a model on the Hub."""
+    folder = Path(name)
+    return folder if folder.is_dir() else Path("outputs") / name.replace("/", "--")
+
+
+def native_obstacle(name: str) -> str | None:
+    """Why a model cannot be measured with the prompt it was made for; None where it can."""
+    folder = Path(name)
+    taught_here = any((place / "teaching.json").is_file() for place in (folder, folder.parent))
+    if taught_here or read_run(folder).get("settings", {}).get("demo"):
+        return "the demo's tiny policy was taught with the recipe's prompt alone, and has no native one"
+    configs = ("config.json", "adapter_config.json")
+    if folder.is_dir() and not any((folder / config).is_file() for config in configs):
+        return f"{folder} holds an evaluation, but no model"
+    return None
+
+
+def baseline_evaluation(name: str, task: Task, **options) -> tuple[dict, list[dict]]:
+    """The baseline's evaluation: the one in its folder, else made and saved there now."""
+    folder, which = home(name), "native prompt" if task.native_instruction else "the recipe's prompt"
+    if (folder / f"{stem(task)}.json").is_file():
+        report, rows = load_evaluation(folder, task)
+        print(f"baseline, {which}: the evaluation of {report['model']} in {folder}")
+        return report, rows
+    print(f"baseline, {which}: {name}")
+    report, rows = evaluate(name, task, **options)
+    save(folder, task, report, rows)
+    return report, rows
+
+
+def baselines(name: str, task: Task, native: bool | None, **options) -> dict[str, tuple[dict, list[dict]]]:
+    """The baseline with the prompt it was made for, where it has one, and with the recipe's. `native` False leaves the
+    first out, True insists on it.
+
+    Raises:
+        BadInput: there is none to insist on.
+    """
+    obstacle = native_obstacle(name)
+    if native and obstacle:
+        raise BadInput(f"--native: {obstacle}")
+    if native is None and obstacle:
+        print(f"the native column is left out: {obstacle}")
+    columns = {"baseline": baseline_evaluation(name, task, **options)}
+    if native is not False and not obstacle:
+        columns = {"baseline native": baseline_evaluation(name, task.natively(), **options), **columns}
+    return columns
+
+
+def load_evaluation(folder: Path, task: Task) -> tuple[dict, list[dict]]:
+    """A finished evaluation of the same task out of a folder.
+
+    Raises:
+        BadInput: it is damaged, or measured something else; the message says what.
+    """
+    path = folder / f"{stem(task)}.json"
+    try:
+        report = json.loads((path).read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (path.with_suffix(".jsonl")).read_text(encoding="utf-8").splitlines()]
+        of, written = Path(report["model"]), (path.with_suffix(".jsonl")).stat().st_mtime
+        asked = [(row["question"], row["gold"]) for row in rows]
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{folder}: its evaluation cannot be read ({error!r}); evaluate it again") from error
+    weights = [*folder.glob("*.safetensors")]
+    if weights and (of.resolve() != folder.resolve() or max(path.stat().st_mtime for path in weights) > written):
+        raise BadInput(
+            f"{folder}: the evaluation there is of {of} or of earlier weights; evaluate {folder} again first"
+        )
+    differing = [
+        f"{name.replace('_', ' ')}: {report.get(name)!r} there, {getattr(task, name)!r} here"
+        for name in COMPARABLE
+        if report.get(name) != getattr(task, name)
+    ]
+    wanted = [(problem["question"], problem["answer"]) for problem in task.problems()]
+    if asked != wanted:
+        same = sum(first == second for first, second in zip(asked, wanted, strict=False))
+        differing.insert(0, f"problems: {len(asked)} there, {len(wanted)} here, {same} of them the same")
+    if differing:
+        raise BadInput(f"{folder}: its evaluation is not comparable. " + "; ".join(differing))
+    return report, rows
+
+
+def compare(rows: list[dict], baseline: list[dict], key: str = "strict") -> dict:
+    """Paired comparison of strict (or lenient) results: the four counts, the difference, the exact p-value of McNemar's
+    test.
+
+    Only problems that exactly one of the two gets right say anything: were the two equally good, each such problem
+    would fall to either with probability 1/2 (McNemar 1947, in its exact binomial form).
+    """
+    from scipy.stats import binomtest
+
+    pairs = [(row[key], other[key]) for row, other in zip(rows, baseline, strict=True)]
+    gained, lost = pairs.count((True, False)), pairs.count((False, True))
+    return {
+        "difference": (gained - lost) / len(pairs),
+        "both_right": pairs.count((True, True)),
+        "only_model_right": gained,
+        "only_baseline_right": lost,
+        "both_wrong": pairs.count((False, False)),
+        "mcnemar_p": binomtest(gained, gained + lost).pvalue if gained + lost else 1.0,
+        "n": len(pairs),
+    }
+
+
+def in_words(comparison: dict) -> str:
+    """The comparison as a sentence: a difference, or none that so many problems could show."""
+    p, n, points = comparison["mcnemar_p"], comparison["n"], 100 * comparison["difference"]
+    p_text = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    if p >= SIGNIFICANCE:
+        return f"no difference that n = {n:,} could show ({points:+.1f} points, {p_text})"
+    return f"{'better' if points > 0 else 'worse'} by {abs(points):.1f} points, {p_text}, n = {n:,}"
+
+
+def verdicts(model: str, baseline: str, paired: dict) -> str:
+    """The paired tests in words: a line of counts and a sentence for each."""
+    tests = {"strict": ("with the same prompt, strict", paired)}
+    if "native" in paired:
+        tests["lenient"] = ("with its native prompt, lenient", paired["native"])
+    return "\n".join(
+        f"{key} results in pairs: both right {counts['both_right']}, only the model {counts['only_model_right']}, "
+        f"only the baseline {counts['only_baseline_right']}, both wrong {counts['both_wrong']}\n"
+        f"{model} against {baseline} {how}: {in_words(counts)}"
+        for key, (how, counts) in tests.items()
+    )
+
+
+def table(reports: dict[str, dict]) -> str:
+    """A column for each named report; of two, also the second minus the first."""
+    first, last = next(iter(reports.values())), next(reversed(reports.values()))
+    width = max(18, *(len(name) + 2 for name in reports))
+    lines = [f"{'':<24}" + "".join(f"{name:>{width}}" for name in reports)]
+    lines[0] += f"{'difference':>12}" if len(reports) == 2 else ""
+    for key, unit in ROWS.items():
+        values = [report[key] for report in reports.values()]
+        line = f"{key.replace('_', ' '):<24}" + "".join(f"{in_unit(value, unit):>{width}}" for value in values)
+        if len(reports) == 2 and None not in values:
+            change = last[key] - first[key]
+            line += f"{100 * change:>+12.1f}" if unit == ".1%" else f"{change:>+12.1f}"
+        lines.append(line)
+        if key == "strict_accuracy":
+            intervals = (interval(report["strict_ci95"]) for report in reports.values())
+            lines.append(f"{'  95% interval':<24}" + "".join(f"{text:>{width}}" for text in intervals))
+    lines.append(f"{'problems (n)':<24}" + "".join(f"{report['n']:>{width},}" for report in reports.values()))
+    return "\n".join(lines)
+
+
+def in_unit(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:{unit}}"
+
+
+def interval(ci95: list[float] | None) -> str:
+    return "-" if ci95 is None else f"{ci95[0]:.1%} - {ci95[1]:.1%}"
