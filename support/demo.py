@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from rewards import TAGS, XML_COT_FORMAT, to_prompt
+from support.checksums import write_checksums
 from support.comparison import compare, in_words, table
 from support.evaluation import evaluate, task_of
 from support.record import printable, write_whole
@@ -240,6 +241,7 @@ def teach(folder: Path, seed: int, use_cpu: bool) -> None:
     trainer.train()
     trainer.save_model()
     (partial / "teaching.json").write_text(json.dumps(_teaching()))
+    write_checksums(partial)
     os.replace(partial, folder)
 
 
