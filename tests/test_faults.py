@@ -229,6 +229,7 @@ class Payload:
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_hostile_checkpoint_runs_no_code(name, copy, policy, data, tmp_path, capsys):
     shutil.rmtree(copy / "checkpoint-24")
+    (copy / "checkpoint-20" / "checksums.txt").unlink()  # whoever made it would have left none, or right ones
     torch.save(Payload(tmp_path / "canary"), copy / "checkpoint-20" / name)
     error = refused(capsys, 1, [*flags(policy, data, copy, **LONG), "--resume_from_checkpoint", "auto"])
     assert "it was not loaded" in error
