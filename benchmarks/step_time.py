@@ -2,13 +2,15 @@
 
     python benchmarks/step_time.py --model 1.5B                     # a GPU: Qwen2.5's shape with random weights
     python benchmarks/step_time.py --model 1.5B --settings recipe vllm lora checkpointing
-    python benchmarks/step_time.py --model demo --use_cpu --no-bf16 --completion_length 48          # minutes
+    python benchmarks/step_time.py --model demo --use_cpu --no-bf16 --completion_length 48 --learning_rate 1e-4 \\
+        --steps 79 --settings original-fp32 trl recipe              # the demo's whole run, as it learns: 10 minutes
     python benchmarks/step_time.py --model models/SmolLM2-135M-Instruct --use_cpu --completion_length 64
 
 Every setting makes 64 completions a step under one length limit. Each measurement is a process of its own, so that
-its peak is its own; its first step is not counted. Prints a table for Markdown: medians over the rounds, hours for
-an epoch of GSM8K at that pace, the ratio to the first setting with its smallest and largest round, the share of the
-recipe's own code (rewards and callbacks), and how far generation and update are from their floors.
+its peak is its own; its first step is not counted. Prints a table for Markdown: the mean over a turn's steps,
+of which the median over the rounds, hours for an epoch of GSM8K at that pace, the ratio to the first setting with its
+smallest and largest round, the share of the recipe's own code (rewards and callbacks), and how far generation and
+update are from their floors.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 import trl
@@ -52,6 +54,7 @@ ORIGINAL = {  # the widely copied gist: bf16 weights, KL to a reference model, a
 }
 SETTINGS = {
     "original": ORIGINAL,
+    "original-fp32": {**ORIGINAL, "dtype": "float32"},  # for a CPU, most of which compute slowly in bf16
     "recipe": {},
     "trl": {"lean_step": "false"},  # the recipe's settings with TRL's own update
     "bare": {},  # the recipe's settings in a plain GRPOTrainer: no samples, lines, curves or safeguards
@@ -89,12 +92,13 @@ def measure(name: str, args) -> dict:
         "save_strategy": "no",
         "eval_steps": "0",
         "bf16": str(args.bf16),
+        "learning_rate": str(args.learning_rate),
         **SETTINGS[name],
     }
     settings = read_settings(vars(train_grpo), [word for k, v in words.items() for word in (f"--{k}", v)])
     tokenizer = load_tokenizer(settings.model_name_or_path)
     samples, _ = train_grpo.load_samples(settings, tokenizer)
-    is_bare = name in ("original", "bare")
+    is_bare = name in ("original", "original-fp32", "bare")
     if is_bare:
         trainer = _bare(settings, tokenizer, samples)
     else:
@@ -216,8 +220,8 @@ def floors(result: dict, speeds: dict) -> dict:
     per_token = 2 * parameters / speeds["throughput"]
     read = 2 * parameters / speeds["bandwidth"]
     return {
-        "generation": max(median(result["longest"]) * read, median(result["tokens"]) * per_token),
-        "update": median(result["read"]) * operations / speeds["throughput"],
+        "generation": max(mean(result["longest"]) * read, mean(result["tokens"]) * per_token),
+        "update": mean(result["read"]) * operations / speeds["throughput"],
     }
 
 
@@ -256,11 +260,11 @@ def table(rounds: list[dict[str, dict]], speeds: dict) -> str:
     ]
     for name in names:
         results = [each[name] for each in rounds]
-        steps = [median(result["step"]) for result in results]
-        first = [median(each[names[0]]["step"]) for each in rounds]
+        steps = [mean(result["step"]) for result in results]
+        first = [mean(each[names[0]]["step"]) for each in rounds]
         ratios = sorted(a / b for a, b in zip(first, steps, strict=True))
-        part = {k: median(median(r[k]) for r in results) for k in ("step", "generation", "update", "tokens")}
-        own = median(median(map(sum, zip(r["scoring"], r["callbacks"], strict=True))) for r in results)
+        part = {k: median(mean(r[k]) for r in results) for k in ("step", "generation", "update", "tokens")}
+        own = median(mean(map(sum, zip(r["scoring"], r["callbacks"], strict=True))) for r in results)
         floor, seconds = floors(results[-1], speeds), part["step"]
         cells = [
             name,
@@ -286,6 +290,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="measured steps a turn, after one that is not")
     parser.add_argument("--completion_length", type=int, default=512, help="limit in tokens")
     parser.add_argument("--dataset", type=Path, help="folder with train.jsonl; the demo's problems where left out")
+    parser.add_argument("--learning_rate", type=float, default=train_grpo.LEARNING_RATE, help="(%(default)s)")
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path("outputs/step_time"))
@@ -306,7 +311,7 @@ def main() -> None:
         rounds.append({})
         for name in args.settings:
             rounds[-1][name] = result = _in_a_process(name, model, dataset)
-            print(f"round {number + 1}  {name:<16} {median(result['step']):8.2f} s a step", flush=True)
+            print(f"round {number + 1}  {name:<16} {mean(result['step']):8.2f} s a step", flush=True)
         (args.out / "step_time.json").write_text(json.dumps({"machine": speeds, "rounds": rounds}, indent=1) + "\n")
     completions = f"{COMPLETIONS} completions of at most {args.completion_length} tokens"
     print(f"\n{args.model}, {result['device']}, {completions}, {args.rounds} rounds of {args.steps} steps\n")

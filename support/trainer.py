@@ -88,19 +88,26 @@ class GRPOTrainer(_Recipe, trl.GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _lean(self, passes: list[dict]) -> list[dict]:
-        """The passes of a generation without what teaches nothing; as many as there were, each with a row at least."""
+        """The passes of a generation without what teaches nothing; as many as there were, each with a row at
+        least; the same numbers in every process."""
         theirs = _tokens(passes)
         if self.orders:
             together = {name: _joined([inputs[name] for inputs in passes]) for name in passes[0]}
-            rows = _teaching(together, len(passes)) if self.drops else _by_length(together)
+            rows = _teaching(together, self._least(together, len(passes))) if self.drops else _by_length(together)
             passes = [_rows(together, chunk) for chunk in torch.tensor_split(rows, len(passes))]
         elif self.drops:
-            passes = [_rows(inputs, _teaching(inputs, 1)) for inputs in passes]
+            passes = [_rows(inputs, _teaching(inputs, self._least(inputs, 1))) for inputs in passes]
         passes = [_trimmed(inputs, self.pad_to_multiple_of or 1) for inputs in passes]
         tokens = torch.tensor([[_tokens(passes), theirs]], device=self.args.device)
         ours, theirs = self.accelerator.gather(tokens).sum(0).tolist()  # of all processes
         self._metrics["train"]["computed_tokens"].append(ours / theirs)
         return passes
+
+    def _least(self, inputs: dict, passes: int) -> int:
+        """Rows that every process keeps: one a pass, and as many as the process with the most that teach, for which the
+        others would wait. TRL gathers a number for each row, and what is gathered must be of one size."""
+        teaching = (inputs["advantages"] != 0).sum()
+        return max(passes, int(self.accelerator.gather(teaching).max()))
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs

@@ -170,7 +170,9 @@ def test_vllms_correction_is_cut_and_sorted_with_its_completions(mode, policy, d
             for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
                 with torch.no_grad():
                     logits = trainer.model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
-                logps = (logits / trainer.temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+                logps = (
+                    (logits / trainer.temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+                )
                 sampled.append((logps + 0.1 * torch.randn(len(completion), generator=generator)).tolist())
             return completion_ids, sampled
 
