@@ -2,13 +2,14 @@
 
     python train_grpo.py                                   # a CUDA GPU: Qwen2.5-1.5B-Instruct on GSM8K
     python train_grpo.py --demo                            # any machine, offline: the whole story in minutes
-    python train_grpo.py --learning_rate 1e-6 --use_peft   # every TRL flag works; --help lists them
+    python train_grpo.py --learning_rate 1e-6              # every TRL flag works; --help lists them
 
 A step samples a group of G completions for each of a few prompts, scores them with the functions of rewards.py, and
 raises the probability of the better ones. The objective is TRL's GRPOTrainer with its `dapo` loss: the advantage of a
 completion is (reward - mean of its group) / std of its group, and token losses are averaged over all completion tokens
-of the step rather than per completion, so that long completions are not discounted. There is no critic, and at BETA 0
-no reference model.
+of the step rather than per completion, so that long completions are not discounted. A group that all earns the same
+has no advantage, and teaches nothing. Each generation serves one update, so that the policy's ratio to the one that
+sampled is 1 and PPO's clip never acts. There is no critic, and at BETA 0 no reference model.
 
 A constant below is its flag in capitals: change LEARNING_RATE here, or say --learning_rate. Any other flag of TRL's
 GRPOConfig and ModelConfig can be added here in the same way; one that is not here keeps TRL's default.
@@ -31,7 +32,7 @@ CHAT_TEMPLATE_KWARGS = {}  # Qwen3 needs {"enable_thinking": False}: the reasoni
 DATASET_NAME = "openai/gsm8k"  # on the Hub, or a folder with train.jsonl and test.jsonl
 DATASET_CONFIG = "main"  # of a Hub dataset; a folder has none
 MAX_PROMPT_LENGTH = 256  # tokens, chat template included; longer prompts are dropped, and counted aloud
-ONE_SHOT = False  # True puts one worked example before the question, in training and evaluation: the cheapest cure
+ONE_SHOT = False  # True puts a worked example before every question; raise MAX_PROMPT_LENGTH to 400 with it
 
 # ---- cold start: supervised fine-tuning before GRPO, for a model that never writes the format
 COLD_START_EXAMPLES = 0  # problems shown with a solution in the format; 0 turns the stage off, 64 to 512 are plenty
@@ -83,10 +84,8 @@ LORA_DROPOUT = 0.0  # dropout would score completions by another policy than the
 LORA_LEARNING_RATE_FACTOR = 10  # an adapter wants about ten times the full model's rate; a --learning_rate is kept
 
 # ---- precision and speed
-# What costs nothing in quality is on. A step of the demo on two CPU cores takes so many times as long without it
-# (benchmarks/step_time.py; a GPU is not measured yet): one generation a step 1.14, no reference model 1.22, no
-# recomputation 1.27, and of Transformers' defaults SDPA attention 1.04 and AdamW in one kernel 1.03. TF32 is left
-# alone: with bf16 compute no large product is in fp32.
+# What costs nothing in quality is on; benchmarks/README.md has what each is worth on a CPU (a GPU is not measured yet).
+# TF32 is left alone: with bf16 compute no large product is in fp32.
 LEAN_STEP = True  # compute no padding and no completion of advantage 0: the same gradient; False: as TRL does it
 DTYPE = "float32"  # master weights: in bf16 most of a small update rounds away (benchmarks/precision.py)
 BF16 = True  # compute in bf16
@@ -123,7 +122,8 @@ def load_samples(settings: Settings, tokenizer) -> tuple[list[dict], str | None]
 
 
 def build_trainer(settings: Settings, tokenizer, samples: list[dict], held_out: list[dict], policy):
-    """TRL's GRPOTrainer with the five rewards. `policy` is a name, a folder, or a model with a LoRA adapter on it."""
+    """TRL's GRPOTrainer with the five rewards; support/trainer.py takes out of its step what teaches nothing. `policy` is
+    a name, a folder, or a model with a LoRA adapter on it."""
     from datasets import Dataset
     from transformers import PrinterCallback, ProgressCallback
     from trl import get_peft_config, get_quantization_config

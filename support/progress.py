@@ -5,7 +5,7 @@ from statistics import mean
 
 from transformers import ProgressCallback
 
-from rewards import REWARD_FUNCS, completion_text, extract_xml_answer
+from rewards import completion_text, extract_xml_answer
 from support import processes
 from support.generation import vllm_obstacle
 from support.memory import device_memory, gpu_memory, needed
@@ -131,14 +131,16 @@ def held_out_line(step: int, max_steps: int, logs: dict) -> str:
     )
 
 
-def sample_text(step: int, question: str, gold: str, response: str) -> str:
-    """One completion as the rewards see it."""
-    completion = [[{"role": "assistant", "content": response}]]
-    scores = {f.__name__: f(prompts=[None], completions=completion, answer=[gold])[0] for f in REWARD_FUNCS}
-    rewards = "  ".join(f"{name.removesuffix('_reward_func')} {score:.3g}" for name, score in scores.items())
+def sample_text(step: int, logs: dict) -> str:
+    """The first completion of a generation, as TRL keeps it for its tables, with what it earned. A reward that paid
+    None is left out; gold is what correctness_reward_func logs."""
+    paid = {name: values[0] for name, values in logs["rewards"].items() if not math.isnan(values[0])}
+    rewards = "  ".join(f"{name.removesuffix('_reward_func')} {score:.3g}" for name, score in paid.items())
+    response = completion_text(logs["completion"][0])
+    gold = f"gold:      {logs['extra']['gold'][0]}\n" if "gold" in logs["extra"] else ""
     body = (
-        f"question:  {question}\ngold:      {gold}\nresponse:\n{response}\n"
-        f"extracted: {extract_xml_answer(response)[:200]}\nrewards:   {rewards}  = {sum(scores.values()):.3g}"
+        f"question:  {logs['prompt'][0][-1]['content']}\n{gold}response:\n{response}\n"
+        f"extracted: {extract_xml_answer(response)[:200]}\nrewards:   {rewards}  = {sum(paid.values()):.3g}"
     )
     return f"---- sample after step {step} ----\n{printable(body)}\n----"
 
@@ -206,10 +208,7 @@ class Progress(ProgressCallback):
         every = self.settings.sample_every
         if state.is_world_process_zero and every and state.global_step % every == 0:
             # TRL keeps the last generation here for its own tables; it has no public way to read it
-            last = self.trainer._logs
-            prompt, completion, gold = last["prompt"][0], last["completion"][0], last["extra"]["gold"][0]
-            text = sample_text(state.global_step, prompt[-1]["content"], gold, completion_text(completion))
-            self.training_bar.write(text)
+            self.training_bar.write(sample_text(state.global_step, self.trainer._logs))
 
     def on_train_end(self, args, state, control, **kwargs):
         super().on_train_end(args, state, control, **kwargs)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, flags, identical, problem, start, weights, write_jsonl
 
+import rewards
 import train_grpo
 from support.checkpoints import checkpoints
 
@@ -61,6 +62,22 @@ def test_a_run_prints_a_whole_sample_every_so_many_steps(trained):
         for part in ("question:  Otto has", "gold:      ", "response:\n", "extracted: ", "correctness "):
             assert part in text
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text), "escaped: a sample cannot drive the terminal"
+
+
+def test_rewards_of_a_users_own_are_trained_on_and_shown(policy, data, tmp_path, monkeypatch, capsys):
+    """Neither of them logs gold, and one needs what TRL passes and does not always apply."""
+
+    def brevity(completions, **kwargs):
+        return [-float(len(completion[0]["content"])) for completion in completions]
+
+    def at_first(completions, trainer_state, **kwargs):
+        return [1.0 if trainer_state.global_step < 1 else None for _ in completions]
+
+    monkeypatch.setattr(rewards, "REWARD_FUNCS", [brevity, at_first])
+    train_grpo.main(flags(policy, data, tmp_path / "run", max_steps="2", eval_steps="0", sample_every="1"))
+    first, second = re.findall(r"^rewards:   (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert re.fullmatch(r"brevity -[\d.]+  at_first 1  = -?[\d.]+", first)
+    assert re.fullmatch(r"brevity -[\d.]+  = -[\d.]+", second)
 
 
 def test_a_run_says_what_it_saved_and_what_to_type_next(trained):
