@@ -122,7 +122,7 @@ def load_samples(settings: Settings, tokenizer) -> tuple[list[dict], str | None]
 
 
 def build_trainer(settings: Settings, tokenizer, samples: list[dict], held_out: list[dict], policy):
-    """TRL's GRPOTrainer with the five rewards; support/trainer.py takes out of its step what teaches nothing. `policy` is
+    """TRL's GRPOTrainer with the five rewards; support/trainer.py cuts what teaches nothing from its step. `policy` is
     a name, a folder, or a model with a LoRA adapter on it."""
     from datasets import Dataset
     from transformers import PrinterCallback, ProgressCallback
