@@ -100,16 +100,17 @@ class Watch(TrainerCallback):
     def on_step_begin(self, *args, **kwargs):
         self.began = time.process_time()
 
-    def on_step_end(self, *args, **kwargs):  # the first callback: before the held-out problems are answered
+    def on_step_end(self, args, state, control, **kwargs):  # the first callback: before the held-out problems are answered
         self.seconds += time.process_time() - self.began
+        control.should_training_stop |= self.result["step"] is not None  # at step 0 already: the first one is made
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "eval_n" not in logs:
             return
         self.result |= {"lenient": logs["eval_lenient_accuracy"], "strict": logs["eval_strict_accuracy"]}
-        if logs["eval_lenient_accuracy"] >= ENOUGH:
+        if logs["eval_lenient_accuracy"] >= ENOUGH and self.result["step"] is None:
             self.result |= {"step": state.global_step, "seconds": self.seconds}
-            control.should_training_stop = True
+            control.should_training_stop = state.global_step > 0
 
 
 def measure(name: str, seed: int, out: Path) -> dict:
