@@ -100,7 +100,7 @@ class Watch(TrainerCallback):
     def on_step_begin(self, *args, **kwargs):
         self.began = time.process_time()
 
-    def on_step_end(self, args, state, control, **kwargs):  # the first callback: before the held-out problems are answered
+    def on_step_end(self, args, state, control, **kwargs):  # before the held-out problems are answered
         self.seconds += time.process_time() - self.began
         control.should_training_stop |= self.result["step"] is not None  # at step 0 already: the first one is made
 
