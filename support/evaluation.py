@@ -160,10 +160,11 @@ def evaluate(
     if use_vllm is None:  # vLLM loads whole models, no adapters
         use_vllm = vllm_obstacle(use_cpu) is None and not (Path(name) / "adapter_config.json").exists()
     length, kwargs = task.max_completion_length, task.chat_template_kwargs
+    how_to_load = (revision, use_cpu, trust_remote_code)
     if use_vllm:
-        completions = complete_with_vllm(name, tokenizer, prompts, length, kwargs, revision, trust_remote_code)
+        completions = complete_with_vllm(name, tokenizer, prompts, length, kwargs, *how_to_load)
     else:
-        policy = load_policy(name, revision, use_cpu, trust_remote_code)
+        policy = load_policy(name, *how_to_load)
         completions = complete(policy, tokenizer, prompts, length, batch_size, kwargs)
     native = task.native_instruction is not None
     rows = [score(i, *pair, native) for i, pair in enumerate(zip(problems, completions, strict=True))]

@@ -1,5 +1,7 @@
 """Completions of a policy: greedy or sampled, by Transformers or by vLLM."""
 
+import sys
+from functools import partial
 from importlib import metadata
 
 from support.checkpoints import checkpoints
@@ -8,6 +10,7 @@ from support.problems import tokenize
 
 BATCH_SIZE = 64  # problems at a time
 VLLM_VERSIONS = ("0.22.0", "0.31.0")  # lowest and highest that TRL 1.16 supports
+DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # in which a policy is measured
 
 
 def vllm_obstacle(use_cpu: bool = False) -> str | None:
@@ -37,10 +40,9 @@ def load_policy(name: str, revision: str | None = None, use_cpu: bool = False, t
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[device], **options)
     except (OSError, ValueError) as error:
         found = checkpoints(name)
         hint = f" It holds {found[-1].name}: evaluate that." if found else ""
@@ -83,11 +85,15 @@ def complete(
             output = model.generate(**batch)  # (chosen, prompt + completion)
             for i, ids in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((at for at, token in enumerate(ids) if token in eos_ids), None)
-                ids = ids if end is None else ids[: end + 1]
-                text = tokenizer.decode(ids, skip_special_tokens=True)
-                completions[i] = {"text": text, "tokens": len(ids), "truncated": end is None}
+                completions[i] = as_completion(tokenizer, ids if end is None else ids[: end + 1], end is None)
             bar.update(len(chosen))
     return completions
+
+
+def as_completion(tokenizer, token_ids: list[int], truncated: bool) -> dict:
+    """One completion as `complete` returns it. `token_ids` end with EOS unless they are truncated."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    return {"text": text, "tokens": len(token_ids), "truncated": truncated}
 
 
 def _set_generation(model, tokenizer, max_completion_length: int, temperature: float) -> set[int]:
@@ -115,26 +121,37 @@ def complete_with_vllm(
     max_completion_length: int,
     chat_template_kwargs: dict,
     revision: str | None = None,
+    use_cpu: bool = False,
     trust_remote_code: bool = False,
 ) -> list[dict]:
-    """`complete` with vLLM, which loads the model itself and batches as it sees fit."""
+    """`complete` with vLLM, which loads the model itself and batches as it sees fit.
+
+    Raises:
+        BadInput: it cannot be loaded, or is not made for so long a text.
+    """
     import gc
 
+    from tqdm import tqdm
     from vllm import LLM, SamplingParams
 
     token_ids = tokenize(tokenizer, prompts, chat_template_kwargs)
     longest = max(map(len, token_ids)) + max_completion_length
-    engine = LLM(
-        model=name,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        dtype="bfloat16",
-        max_model_len=longest,
-        generation_config="vllm",  # not the model's own, which may sample or penalise repetition
-    )
+    try:
+        engine = LLM(
+            model=name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=DTYPES["cpu" if use_cpu else "cuda"],
+            max_model_len=longest,
+            generation_config="vllm",  # not the model's own, which may sample or penalise repetition
+        )
+    except (OSError, ValueError) as error:
+        raise BadInput(f"model {name!r}: vLLM cannot load it: {str(error).strip()}") from error
     sampling = SamplingParams(temperature=0.0, max_tokens=max_completion_length)
-    outputs = engine.generate([{"prompt_token_ids": ids} for ids in token_ids], sampling)
+    # on a terminal, as `complete` has it; where TQDM_DISABLE turns the bar off, vLLM divides by its zero seconds
+    bar = partial(tqdm, disable=False) if sys.stderr.isatty() else False
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in token_ids], sampling, use_tqdm=bar)
     completions = [output.outputs[0] for output in outputs]
     del engine  # a comparison starts a second one
     gc.collect()
-    return [{"text": c.text, "tokens": len(c.token_ids), "truncated": c.finish_reason == "length"} for c in completions]
+    return [as_completion(tokenizer, list(c.token_ids), c.finish_reason == "length") for c in completions]

