@@ -11,6 +11,7 @@ first):
 
 from copy import copy
 from functools import partial
+from pathlib import Path
 
 import torch
 import trl
@@ -59,6 +60,7 @@ class GRPOTrainer(_Recipe, trl.GRPOTrainer):
         super().__init__(model, **kwargs)
         args = self.args
         if args.use_vllm:
+            self._check_server()
             # vLLM's engine samples from the process' random state, and has just seeded it with a number of its own
             set_seed(args.seed, device_specific=True)
             if isinstance(self.model, PeftModel) and not processes.is_sharded() and not self.is_quantized:
@@ -70,6 +72,17 @@ class GRPOTrainer(_Recipe, trl.GRPOTrainer):
         self.trims = args.lean_step
         self.orders = args.lean_step and is_sum and not spans_steps  # else rows would move between steps
         self.drops = args.lean_step and is_sum and self.beta == 0  # a KL term has a gradient at any advantage
+
+    def _check_server(self) -> None:
+        """That it holds this run's model, which can be told by name alone."""
+        if self.vllm_mode != "server" or not processes.is_main():
+            return
+        served, wanted = self.vllm_generation.vllm_client.model, self.args.model_name_or_path
+        if Path(served).name != Path(wanted).name:
+            raise BadInput(
+                f"vLLM's server holds {served!r}, and this run trains {wanted!r}: start it with --model {wanted}, or "
+                f"with --served-model-name {wanted} where it holds that model under another name"
+            )
 
     def update_in_words(self) -> str:
         """How a step's passes differ from TRL's, for the plan."""

@@ -5,8 +5,12 @@ mode, CUDA graphs, shares of memory, NCCL.
 """
 
 import json
+import os
+import shutil
 import signal
+import socket
 import time
+import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import pandas
 import psutil
 import pytest
 from conftest import flags, identical, launch, problem, start, until, weights, write_jsonl
+from filelock import FileLock
 
 from support import demo
 from support.checkpoints import flaw, newest_whole
@@ -54,11 +59,14 @@ def completions(run: Path, step: int) -> pandas.DataFrame:
     return pandas.read_parquet(run / "completions" / f"completions_{step:05d}.parquet")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(tmp_path_factory) -> dict:
-    """The demo's taught policy and its problems, as the settings of a run on them."""
-    folder = tmp_path_factory.mktemp("world")
-    taught = demo.make_world(folder, seed=42, use_cpu=True)
+    """The demo's taught policy and its problems, as the settings of a run on them; taught once for all of `pytest -n`'s
+    processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "world"
+    with FileLock(f"{folder}.lock"):
+        taught = demo.make_world(folder, seed=42, use_cpu=True)
     return {"policy": taught, "data": folder / "problems"}
 
 
@@ -82,6 +90,7 @@ def learned(tmp_path_factory, world) -> Path:
     return run
 
 
+@pytest.mark.xdist_group("learned")
 def test_training_learns_what_it_learns_with_transformers(learned):
     first, *_, last = held_out(learned)
     assert (first["step"], last["step"]) == (0, 60)
@@ -89,6 +98,7 @@ def test_training_learns_what_it_learns_with_transformers(learned):
     assert last["eval_strict_accuracy"] >= 0.9
 
 
+@pytest.mark.xdist_group("learned")
 def test_after_every_step_the_engine_holds_the_trainers_weights(learned):
     """A step at this rate moves log-probabilities by a hundred times as much, and 60 of them by whole numbers."""
     assert len(steps(learned)) == 60
@@ -97,6 +107,7 @@ def test_after_every_step_the_engine_holds_the_trainers_weights(learned):
     assert difference < 1e-3
 
 
+@pytest.mark.xdist_group("learned")
 def test_the_lean_step_corrects_by_vllms_ratio(learned):
     for row in steps(learned):
         assert row["computed_tokens"] <= 1.01
@@ -105,6 +116,7 @@ def test_the_lean_step_corrects_by_vllms_ratio(learned):
     assert min(row["computed_tokens"] for row in steps(learned)) < 0.8, "of silent groups nothing is computed"
 
 
+@pytest.mark.xdist_group("learned")
 def test_a_comparison_by_two_engines_in_turn_has_transformers_texts(learned, world, tmp_path):
     words = ["--compare", world["policy"], "--limit", "100", "--use_cpu", "--use_vllm", "true"]
     process = launch(REHEARSED, "evaluate.py", learned, *words, "--output_dir", tmp_path / "by-vllm")
@@ -243,3 +255,89 @@ def test_a_run_that_is_killed_and_stopped_leaves_no_process_and_goes_on(world, t
     assert "Traceback" not in errors
     assert "resuming after step" in finished("train_grpo.py", *words)
     assert [row["step"] for row in steps(run)] == list(range(1, 9))
+
+
+# ---- a server
+
+
+@pytest.fixture(scope="module")
+def server(world):
+    """TRL's server with the taught policy: its process, and the settings of a run that asks it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--model", world["policy"], "--host", "127.0.0.1", "--port", port]
+    words += ["--max_model_len", "304", "--dtype", "float32", "--log_level", "warning"]
+    process = launch(REHEARSED, "vllm-serve", *words)
+    while not is_healthy(port):
+        assert process.poll() is None, process.stderr.read()[-4000:]
+        time.sleep(0.5)
+    yield process, {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": str(port)}
+    end(process)
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def end(process) -> None:
+    """Kill a server and its engine."""
+    if process.poll() is None:
+        for part in [*psutil.Process(process.pid).children(recursive=True), process]:
+            part.kill()
+        process.communicate()
+
+
+@pytest.mark.xdist_group("server")
+def test_a_server_that_is_not_there_is_one_message(world, tmp_path):
+    there = {
+        "vllm_mode": "server",
+        "vllm_server_host": "127.0.0.1",
+        "vllm_server_port": "9",
+        "vllm_server_timeout": "1",
+    }
+    done = start(REHEARSED, "train_grpo.py", *flags(output=tmp_path / "run", **world, **BY_VLLM, **there))
+    assert done.returncode == 1
+    assert "The vLLM server can't be reached at http://127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.xdist_group("server")
+def test_a_server_of_another_model_is_refused(server, world, tmp_path):
+    other = shutil.copytree(world["policy"], tmp_path / "another")
+    words = flags(other, world["data"], tmp_path / "run", **BY_VLLM, **server[1])
+    done = start(REHEARSED, "train_grpo.py", *words)
+    assert done.returncode == 1
+    assert f"vLLM's server holds '{world['policy']}', and this run trains '{other}'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+ENDLESS = {"max_steps": "400", "save_steps": "1", "eval_steps": "400", "eval_problems": "200", "sample_every": "0"}
+
+
+@pytest.mark.xdist_group("server")
+def test_a_server_that_dies_ends_the_run_with_a_whole_checkpoint(server, world, tmp_path):
+    """Before that the server has measured the policy as Transformers does."""
+    run = tmp_path / "run"
+    process = launch(
+        REHEARSED,
+        "train_grpo.py",
+        *flags(output=run, **world, **BY_VLLM, **server[1], **ENDLESS),
+    )
+    until(process, "step   2/400")
+    end(server[0])
+    _, errors = process.communicate()
+    assert process.returncode == 1, errors[-4000:]
+    assert errors.count("vLLM's server does not answer any more") == 1
+    assert "Traceback" not in errors
+    saved = newest_whole(run)[0]
+    assert f"{saved.name} is the last whole checkpoint" in errors
+    log = json.loads((saved / "trainer_state.json").read_text())["log_history"]
+    (measured,) = [row for row in log if "eval_n" in row]
+    task = Task(str(world["data"]), None, "test", 48, {})
+    expected, _ = evaluate(str(world["policy"]), task, use_vllm=False, use_cpu=True)
+    for key in ("n", "lenient_accuracy", "format_rate", "mean_completion_tokens"):
+        assert measured[f"eval_{key}"] == expected[key]

@@ -3,12 +3,14 @@ recipe.
 
     python -m tests.vllm_on_cpu train_grpo.py --use_cpu true --bf16 false --use_vllm true ...
     python -m tests.vllm_on_cpu evaluate.py MODEL --use_cpu --use_vllm true
+    python -m tests.vllm_on_cpu vllm-serve --model MODEL --dtype float32          # TRL's server
 """
 
 import functools
 import os
 import runpy
 import sys
+from importlib import metadata
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GB; the default is a share of the machine's memory
@@ -25,7 +27,7 @@ def rehearse(dtype: str = "float32") -> None:
 
     import torch
     import vllm.model_executor.layers.utils as layers
-    from trl.generation import vllm_generation
+    from trl.generation import vllm_client, vllm_generation
 
     from support import generation
 
@@ -37,9 +39,30 @@ def rehearse(dtype: str = "float32") -> None:
     vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype=dtype)
     # the recipe's check, told that this is fine; what it says elsewhere is what tests/test_preflight.py is about
     generation.vllm_obstacle = lambda use_cpu=False: None
+    # a server takes weights over NCCL alone, so that here it keeps those that it has loaded
+    vllm_client.VLLMClient.init_communicator = lambda self, device: None
+    vllm_client.VLLMClient.update_named_params = lambda self, metadata, named: list(named) and None
+
+
+def serve(words: list[str]) -> None:
+    """`trl vllm-serve` in this process: `vllm serve` asks for the version of a package `vllm`, and this one has another
+    name."""
+    os.environ.update(ENVIRONMENT, VLLM_SERVER_DEV_MODE="1")
+    version = metadata.version
+    metadata.version = lambda name: f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
+
+    from trl.scripts import vllm_serve
+    from vllm.entrypoints.cli.main import main
+
+    arguments, more = vllm_serve.make_parser().parse_args_and_config(words, return_remaining_strings=True)
+    sys.argv = vllm_serve.build_command(arguments, more)[2:]
+    main()
 
 
 if __name__ == "__main__":
-    rehearse()
     sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "vllm-serve":
+        serve(sys.argv[1:])
+    else:
+        rehearse()
+        runpy.run_path(sys.argv[0], run_name="__main__")
