@@ -12,6 +12,7 @@ its native prompt, the baseline with the recipe's, and the model; what the first
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from support.generation import BATCH_SIZE, complete, load_policy
 from support.problems import expand, load_tokenizer
 from support.processes import count, quiet
 from support.record import printable, read_run
+from support.unfinished import Unfinished
 
 DEFAULTS = {  # what is measured where neither the run nor a flag says otherwise
     "dataset_name": "openai/gsm8k",
@@ -100,13 +102,14 @@ def run(flags: argparse.Namespace, task: Task) -> None:
             raise BadInput(f"--native: {obstacle}")
         task = task.natively()
     print(f"model: {flags.model}")
-    report, rows = evaluate(flags.model, task, revision=flags.model_revision, **options(flags))
-    if before:
-        report["comparison"] = {"baseline": flags.compare, **compare(rows, before["baseline"][1])}
-        if "baseline native" in before:
-            report["comparison"]["native"] = compare(rows, before["baseline native"][1], "lenient")
     folder = Path(flags.output_dir or home(flags.model))
-    save(folder, task, report, rows)
+    with Unfinished(folder, stem(task)) as answers:
+        report, rows = evaluate(flags.model, task, revision=flags.model_revision, answers=answers, **options(flags))
+        if before:
+            report["comparison"] = {"baseline": flags.compare, **compare(rows, before["baseline"][1])}
+            if "baseline native" in before:
+                report["comparison"]["native"] = compare(rows, before["baseline native"][1], "lenient")
+        save(folder, task, report, rows)
     columns = {name: measured for name, (measured, _) in before.items()}
     print(table({**columns, "model": report} if before else {Path(flags.model).name: report}))
     if before:
@@ -117,6 +120,7 @@ def run(flags: argparse.Namespace, task: Task) -> None:
 def main(argv: list[str] | None = None) -> None:
     if count() > 1:
         sys.exit("evaluate.py runs in one process: start it with python")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: what is answered is told
     flags, task = parse_flags(argv)
     quiet()
     try:
@@ -127,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     except BadInput as error:
         sys.exit(f"evaluate.py: {printable(str(error))}")
     except KeyboardInterrupt:
-        print("evaluate.py: interrupted; nothing was written", file=sys.stderr)
+        print("evaluate.py: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from support.errors import BadInput
 from support.evaluation import COMPARABLE, Task, evaluate, save, stem
 from support.record import read_run
+from support.unfinished import Unfinished
 
 SIGNIFICANCE = 0.05  # a p-value from here on is no difference
 
@@ -49,8 +50,9 @@ def baseline_evaluation(name: str, task: Task, **options) -> tuple[dict, list[di
         print(f"baseline, {which}: the evaluation of {report['model']} in {folder}")
         return report, rows
     print(f"baseline, {which}: {name}")
-    report, rows = evaluate(name, task, **options)
-    save(folder, task, report, rows)
+    with Unfinished(folder, stem(task)) as answers:
+        report, rows = evaluate(name, task, answers=answers, **options)
+        save(folder, task, report, rows)
     return report, rows
 
 

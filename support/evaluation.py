@@ -4,17 +4,19 @@ import json
 import random
 import re
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 from rewards import SYSTEM_PROMPT, extract_xml_answer, is_strict_format, reflects, same_number, to_prompt
 from support.checksums import CHECKSUMS, WEIGHTS, altered, has_checksums
 from support.errors import BadInput
 from support.generation import BATCH_SIZE, VLLM_VERSIONS, complete, complete_with_vllm, load_policy, vllm_obstacle
-from support.problems import load_problems, load_tokenizer
+from support.problems import load_problems, load_tokenizer, tokenize
 from support.record import read_run, set_aside, write_whole
+from support.unfinished import Unfinished, fingerprint, fingerprint_of_policy
 
 # Qwen's own evaluation asks like this, without a system prompt of ours
-# (QwenLM/Qwen2.5-Math, evaluation/utils.py, 'qwen25-math-cot')
+# (QwenLM/Qwen2.5-Math, evaluation/utils.py, 'qwen-boxed')
 NATIVE_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 # what must be the same of two evaluations, beside their problems
@@ -139,8 +141,10 @@ def evaluate(
     use_vllm: bool | None = None,
     use_cpu: bool = False,
     trust_remote_code: bool = False,
+    answers: Unfinished | None = None,
 ) -> tuple[dict, list[dict]]:
-    """Evaluate a policy; with `use_vllm` None, by vLLM where it is installed with a GPU.
+    """Evaluate a policy; with `use_vllm` None, by vLLM where it is installed with a GPU. `answers` keeps what
+    Transformers has answered.
 
     Returns:
         The report (evaluation.json) and the scored problems (the lines of evaluation.jsonl).
@@ -165,12 +169,30 @@ def evaluate(
         completions = complete_with_vllm(name, tokenizer, prompts, length, kwargs, *how_to_load)
     else:
         policy = load_policy(name, *how_to_load)
-        completions = complete(policy, tokenizer, prompts, length, batch_size, kwargs)
+        if answers:
+            token_ids = tokenize(tokenizer, prompts, kwargs)
+            answers.begin(_asked(name, policy, problems, token_ids, length, batch_size), len(problems))
+        completions = complete(policy, tokenizer, prompts, length, batch_size, kwargs, answers=answers)
     native = task.native_instruction is not None
     rows = [score(i, *pair, native) for i, pair in enumerate(zip(problems, completions, strict=True))]
     where = {"model": name, "dataset": task.dataset_name, "split": task.split}
     how = {key: getattr(task, key) for key in COMPARABLE}
     return {**where, **summarize(rows), "model_revision": revision, **how}, rows
+
+
+def _asked(name: str, policy, problems: list[dict], token_ids: list[list[int]], length: int, batch_size: int) -> dict:
+    """All that the completions and their scores depend on, to the last bit."""
+    packages = {package: metadata.version(package) for package in ("torch", "transformers")}
+    return {
+        "model": name,
+        "weights": fingerprint_of_policy(policy),
+        "problems": fingerprint([(problem["question"], problem["answer"]) for problem in problems]),
+        "prompts": fingerprint(token_ids),
+        "max_completion_length": length,
+        "batch_size": batch_size,
+        "precision": f"{policy.dtype} on {policy.device.type}",
+        "versions": packages,
+    }
 
 
 def check_weights(name: str) -> None:

@@ -7,6 +7,7 @@ from importlib import metadata
 from support.checkpoints import checkpoints
 from support.errors import BadInput
 from support.problems import tokenize
+from support.unfinished import Unfinished
 
 BATCH_SIZE = 64  # problems at a time
 VLLM_VERSIONS = ("0.22.0", "0.31.0")  # lowest and highest that TRL 1.16 supports
@@ -59,11 +60,13 @@ def complete(
     chat_template_kwargs: dict | None = None,
     progress: bool = True,
     temperature: float = 0.0,
+    answers: Unfinished | None = None,
 ) -> list[dict]:
     """Completions of B conversational prompts, in their order: greedy, or sampled where `temperature` is above 0.
 
     Prompts of similar length share a batch, the longest first, so that little is padded and a batch that does not fit
-    fails at once.
+    fails at once. `answers` keeps each batch, and what it holds already is not generated again; a batch that it holds
+    in part is, as a whole: in other company a sum would round otherwise.
 
     Returns:
         B dicts of `text`, `tokens` (count, EOS included) and `truncated` (no EOS within the limit).
@@ -74,19 +77,27 @@ def complete(
     eos_ids = _set_generation(model, tokenizer, max_completion_length, temperature)
     token_ids = tokenize(tokenizer, prompts, chat_template_kwargs)
     order = sorted(range(len(prompts)), key=lambda i: -len(token_ids[i]))
-    completions: list[dict] = [{}] * len(prompts)
+    completions = dict(answers.completions) if answers else {}
     bar = tqdm(total=len(prompts), unit="problem", dynamic_ncols=True, disable=None if progress else True)
     with bar, torch.no_grad():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = tokenizer.pad(
-                {"input_ids": [token_ids[i] for i in chosen]}, padding_side="left", return_tensors="pt"
-            ).to(model.device)
-            output = model.generate(**batch)  # (chosen, prompt + completion)
-            for i, ids in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                end = next((at for at, token in enumerate(ids) if token in eos_ids), None)
-                completions[i] = as_completion(tokenizer, ids if end is None else ids[: end + 1], end is None)
+            if not completions.keys() >= set(chosen):
+                batch = _complete_batch(model, tokenizer, [token_ids[i] for i in chosen], eos_ids)
+                completions |= zip(chosen, batch, strict=True)
+                if answers:
+                    answers.add({i: completions[i] for i in chosen})
             bar.update(len(chosen))
+    return [completions[i] for i in range(len(prompts))]
+
+
+def _complete_batch(model, tokenizer, token_ids: list[list[int]], eos_ids: set[int]) -> list[dict]:
+    batch = tokenizer.pad({"input_ids": token_ids}, padding_side="left", return_tensors="pt").to(model.device)
+    output = model.generate(**batch)  # (B, prompt + completion)
+    completions = []
+    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
+        end = next((at for at, token in enumerate(ids) if token in eos_ids), None)
+        completions.append(as_completion(tokenizer, ids if end is None else ids[: end + 1], end is None))
     return completions
 
 

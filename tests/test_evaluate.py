@@ -273,19 +273,131 @@ def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path)
     assert comparison.load_evaluation(tmp_path, task) == (report, rows)
 
 
-def test_an_interrupted_evaluation_leaves_nothing_that_looks_whole(babbler, tmp_path):
-    write_jsonl(tmp_path / "many" / "test.jsonl", [problem(a, 7) for a in range(1000)])
-    words = [babbler, "--dataset_name", tmp_path / "many", "--max_completion_length", 3000, "--batch_size", 1]
-    process = launch("evaluate.py", *words, "--output_dir", tmp_path / "out")
-    for line in process.stdout:
-        if line.startswith("model:"):
-            break
-    time.sleep(6)  # in the middle of decoding, which takes minutes
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert "interrupted; nothing was written" in errors
-    assert not (tmp_path / "out").exists()
+# ---- an evaluation that ends early
+
+
+@pytest.fixture(scope="module")
+def long(babbler, tmp_path_factory) -> list:
+    """The words of an evaluation in 20 batches of some time each."""
+    folder = tmp_path_factory.mktemp("many")
+    write_jsonl(folder / "test.jsonl", [problem(a, 7) for a in range(40)])
+    return [babbler, "--dataset_name", folder, "--max_completion_length", 200, "--batch_size", 2]
+
+
+def answered(folder) -> int:
+    """Answers that are on disk, in an evaluation that has not ended."""
+    return sum(path.read_bytes().count(b"\n") - 1 for path in folder.glob("evaluation.unfinished-*.jsonl"))
+
+
+def ended_by(number: signal.Signals, words: list, folder) -> tuple[int, str, str]:
+    """Start an evaluation, and end it as soon as a few more answers than before are on disk."""
+    before, process = answered(folder), launch("evaluate.py", *words, "--output_dir", folder)
+    while process.poll() is None and answered(folder) < before + 4:
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, errors = process.communicate()
+    assert not list(folder.glob("evaluation.json*")), "nothing looks whole"
+    return process.returncode, out, errors
+
+
+def test_an_evaluation_ended_by_any_signal_is_gone_on_with_to_the_same_bytes(long, tmp_path, capsys):
+    folder, undisturbed = tmp_path / "ended", tmp_path / "undisturbed"
+    evaluate.main([*map(str, long), "--output_dir", str(undisturbed)])
+    for number, status in ((signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        before = answered(folder)
+        returned, out, errors = ended_by(number, long, folder)
+        assert returned == status, errors
+        assert f"going on: {before} of 40 problems are answered" in out or not before
+        if number != signal.SIGKILL:
+            assert re.search(r"ended early: \d+ of 40 .* the same command goes on from there", errors)
+        (path,) = folder.glob("evaluation.unfinished-*.jsonl")
+        with path.open("a") as file:
+            file.write('{"index": 39, "te')  # as a kill in the middle of a write leaves it
+    evaluate.main([*map(str, long), "--output_dir", str(folder)])
+    assert "going on: " in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"evaluation.json", "evaluation.jsonl"}
+    for name in ("evaluation.json", "evaluation.jsonl"):
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+class Ended(Exception):
+    """What ends an evaluation after its first batch."""
+
+
+@pytest.fixture
+def half_answered(babbler, data, tmp_path, monkeypatch, capsys) -> list[str]:
+    """The words of an evaluation that ended after 2 of 10 answers."""
+    from support.unfinished import Unfinished
+
+    shutil.copytree(babbler, tmp_path / "model")
+    shutil.copytree(data, tmp_path / "data")
+    words = [tmp_path / "model", "--dataset_name", tmp_path / "data", "--max_completion_length", 9, "--batch_size", 2]
+    with monkeypatch.context() as patch, pytest.raises(Ended):
+        add = Unfinished.add
+
+        def add_and_end(self, completions):
+            add(self, completions)
+            raise Ended
+
+        patch.setattr(Unfinished, "add", add_and_end)
+        evaluate.main([str(word) for word in words])
+    assert answered(tmp_path / "model") == 2
+    capsys.readouterr()
+    return [str(word) for word in words]
+
+
+def other_weights(model, data):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_data(model, data):
+    write_jsonl(data / "test.jsonl", [problem(a, 7) for a in range(9)] + [problem(9, 8)])
+
+
+def other_prompt(model, data):
+    (model / "run.json").write_text(json.dumps({"system_prompt": "Be brief."}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "what"),
+    [
+        (other_weights, [], "weights"),
+        (other_data, [], "problems, prompts"),
+        (other_prompt, [], "prompts"),
+        (None, ["--max_completion_length", "8"], "max_completion_length"),
+        (None, ["--limit", "5"], "problems, prompts"),
+        (None, ["--batch_size", "3"], "batch_size"),
+    ],
+)
+def test_what_would_change_an_answer_starts_anew_aloud(half_answered, tmp_path, capsys, change, words, what):
+    if change:
+        change(tmp_path / "model", tmp_path / "data")
+    evaluate.main([*half_answered, *words])
+    out = capsys.readouterr().out
+    assert f"2 answers are not used: {what} changed since; starting anew" in out
+    assert "going on" not in out
+    assert answered(tmp_path / "model") == 2, "they are kept"
+    assert (tmp_path / "model" / "evaluation.json").is_file()
+
+
+def test_a_look_at_a_few_problems_does_not_cost_the_answers_to_all(half_answered, tmp_path, capsys):
+    evaluate.main([*half_answered, "--limit", "2"])
+    evaluate.main(half_answered)
+    assert "going on: 2 of 10 problems are answered" in capsys.readouterr().out
+    assert answered(tmp_path / "model") == 0, "nothing is left over"
+    report = json.loads((tmp_path / "model" / "evaluation.json").read_text())
+    assert report["n"] == 10
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_the_first_answer(babbler, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    words = [babbler, "--dataset_name", data, "--max_completion_length", 9, "--output_dir", tmp_path / "file"]
+    with pytest.raises(SystemExit, match="cannot be written to"):
+        evaluate.main([str(word) for word in words])
 
 
 # ---- the prompt a model was made for
