@@ -17,13 +17,14 @@ import sys
 from pathlib import Path
 
 from rewards import SYSTEM_PROMPT
-from support.comparison import baselines, compare, home, native_obstacle, table, verdicts
+from support.comparison import baselines, home, native_obstacle, paired, table, verdicts
 from support.errors import BadInput
 from support.evaluation import Task, check_weights, evaluate, save, stem
 from support.generation import BATCH_SIZE, complete, load_policy
 from support.problems import expand, load_tokenizer
 from support.processes import count, quiet
 from support.record import printable, read_run
+from support.side_by_side import write_page
 from support.unfinished import Unfinished
 
 DEFAULTS = {  # what is measured where neither the run nor a flag says otherwise
@@ -106,14 +107,13 @@ def run(flags: argparse.Namespace, task: Task) -> None:
     with Unfinished(folder, stem(task)) as answers:
         report, rows = evaluate(flags.model, task, revision=flags.model_revision, answers=answers, **options(flags))
         if before:
-            report["comparison"] = {"baseline": flags.compare, **compare(rows, before["baseline"][1])}
-            if "baseline native" in before:
-                report["comparison"]["native"] = compare(rows, before["baseline native"][1], "lenient")
+            report["comparison"] = paired(flags.compare, before, rows)
         save(folder, task, report, rows)
     columns = {name: measured for name, (measured, _) in before.items()}
     print(table({**columns, "model": report} if before else {Path(flags.model).name: report}))
     if before:
         print(verdicts(flags.model, flags.compare, report["comparison"]))
+        print(f"written: {write_page(folder, flags.model, before, report, rows)}, for a browser")
     print(f"written: {folder / stem(task)}.json and .jsonl")
 
 

@@ -19,6 +19,7 @@ ROWS = {
     "mean_completion_tokens": ".1f",
     "reflection_rate": ".1%",
 }
+IN_COLUMNS = (*ROWS, "strict_ci95", "n")  # what such a table is made of
 
 
 # ---- the baseline
@@ -138,6 +139,15 @@ def in_words(comparison: dict) -> str:
     return f"{'better' if points > 0 else 'worse'} by {abs(points):.1f} points, {p_text}, n = {n:,}"
 
 
+def paired(name: str, before: dict[str, tuple[dict, list[dict]]], rows: list[dict]) -> dict:
+    """What evaluation.json says of a comparison with the baseline `name`: both paired tests, the baseline's columns."""
+    columns = {column: {key: report[key] for key in IN_COLUMNS} for column, (report, _) in before.items()}
+    tests = compare(rows, before["baseline"][1])
+    if "baseline native" in before:
+        tests["native"] = compare(rows, before["baseline native"][1], "lenient")
+    return {"baseline": name, **tests, "columns": columns}
+
+
 def verdicts(model: str, baseline: str, paired: dict) -> str:
     """The paired tests in words: a line of counts and a sentence for each."""
     tests = {"strict": ("with the same prompt, strict", paired)}
@@ -151,29 +161,29 @@ def verdicts(model: str, baseline: str, paired: dict) -> str:
     )
 
 
-def table(reports: dict[str, dict]) -> str:
-    """A column for each named report; of two, also the second minus the first."""
+def cells(reports: dict[str, dict]) -> list[list[str]]:
+    """A column for each named report, the names on top; of two, also the second minus the first."""
     first, last = next(iter(reports.values())), next(reversed(reports.values()))
-    width = max(18, *(len(name) + 2 for name in reports))
-    lines = [f"{'':<24}" + "".join(f"{name:>{width}}" for name in reports)]
-    lines[0] += f"{'difference':>12}" if len(reports) == 2 else ""
+    rows = [["", *reports] + (["difference"] if len(reports) == 2 else [])]
     for key, unit in ROWS.items():
         values = [report[key] for report in reports.values()]
-        line = f"{key.replace('_', ' '):<24}" + "".join(f"{in_unit(value, unit):>{width}}" for value in values)
-        if len(reports) == 2 and None not in values:
-            change = last[key] - first[key]
-            line += f"{100 * change:>+12.1f}" if unit == ".1%" else f"{change:>+12.1f}"
-        lines.append(line)
+        rows.append([key.replace("_", " "), *("-" if value is None else f"{value:{unit}}" for value in values)])
+        if len(reports) == 2:
+            change = None if None in values else (100 if unit == ".1%" else 1) * (last[key] - first[key])
+            rows[-1].append("" if change is None else f"{change:+.1f}")
         if key == "strict_accuracy":
-            intervals = (interval(report["strict_ci95"]) for report in reports.values())
-            lines.append(f"{'  95% interval':<24}" + "".join(f"{text:>{width}}" for text in intervals))
-    lines.append(f"{'problems (n)':<24}" + "".join(f"{report['n']:>{width},}" for report in reports.values()))
+            intervals = (report["strict_ci95"] for report in reports.values())
+            rows.append(["  95% interval", *("-" if ci is None else f"{ci[0]:.1%} - {ci[1]:.1%}" for ci in intervals)])
+    rows.append(["problems (n)", *(f"{report['n']:,}" for report in reports.values())])
+    return rows
+
+
+def table(reports: dict[str, dict]) -> str:
+    """`cells` in columns of text."""
+    width = max(18, *(len(name) + 2 for name in reports))
+    widths = [width] * len(reports) + [12]
+    lines = []
+    for label, *values in cells(reports):
+        line = f"{label:<24}" + "".join(f"{value:>{width}}" for value, width in zip(values, widths, strict=False))
+        lines.append(line.rstrip())
     return "\n".join(lines)
-
-
-def in_unit(value: float | None, unit: str) -> str:
-    return "-" if value is None else f"{value:{unit}}"
-
-
-def interval(ci95: list[float] | None) -> str:
-    return "-" if ci95 is None else f"{ci95[0]:.1%} - {ci95[1]:.1%}"

@@ -36,8 +36,8 @@ def last_number(text: str) -> str | None:
     return numbers[-1].rstrip(",") if numbers else None
 
 
-def last_boxed(text: str) -> str | None:
-    """What stands in the last `\\boxed{}` that is closed, its braces balanced; None without one."""
+def boxed_span(text: str) -> tuple[int, int] | None:
+    """Where the content of the last `\\boxed{}` that is closed stands, its braces balanced; None without one."""
     opened: list[int | None] = []  # where the content of each open brace starts, None where it is no box's
     found = None
     for match in BOXED_OR_BRACE.finditer(text):
@@ -45,15 +45,29 @@ def last_boxed(text: str) -> str | None:
             opened.append(match.end() if len(match[0]) > 1 else None)
         elif match[0] == "}" and opened and (start := opened.pop()) is not None:
             found = (start, match.start())
-    return found and text[slice(*found)]
+    return found
 
 
 def native_answer(text: str) -> str | None:
     """The number in the last `\\boxed{}` if there is one, else the last number; None without either."""
-    boxed = last_boxed(text)
-    if boxed is None:
+    span = boxed_span(text)
+    if span is None:
         return last_number(text)
-    return last_number(TEX_SPACING.sub(lambda m: "," if "{" in m[0] else "", boxed).replace("\\", " "))
+    boxed = TEX_SPACING.sub(lambda match: "," if "{" in match[0] else "", text[slice(*span)])
+    return last_number(boxed.replace("\\", " "))
+
+
+def answer_span(text: str, native: bool) -> tuple[int, int] | None:
+    """Where the answer stands that a completion is scored by: in its last answer tag, natively in its last box; else
+    its last number. None where there is none of them."""
+    if native and (span := boxed_span(text)):
+        return span
+    if not native and "<answer>" in text:
+        start = text.rindex("<answer>") + len("<answer>")
+        end = text.find("</answer>", start)
+        return start, len(text) if end < 0 else end
+    numbers = [match.span() for match in LAST_NUMBER.finditer(text)]
+    return numbers[-1] if numbers else None
 
 
 def score(index: int, problem: dict, completion: dict, native: bool = False) -> dict:
