@@ -3,10 +3,10 @@
     python benchmarks/lean_step.py --dataset /data/gsm8k                                              # tokens, seconds
     python benchmarks/lean_step.py --dataset /data/gsm8k --model models/SmolLM2-135M-Instruct --use_cpu   # and time
 
-A step is 4 problems x 16 completions in 4 passes. The completions are solutions of GSM8K in the recipe's format, drawn
+A step is 4 problems x 16 completions. The completions are solutions of GSM8K in the recipe's format, drawn
 at random and cut at the limit: what a policy writes after a cold start is as long, and the time of an update depends on
-lengths alone. `--silent` is the share of the groups whose completions all earn the same. Each update makes the same
-steps in a process of its own, so that its peak is its own; the first step is not counted.
+lengths alone. `--silent` is the share of the groups whose completions all earn the same; TRL's update does not depend on
+it. Each update makes the same steps in a process of its own, so that its peak is its own; the first is not counted.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-GROUPS, SIZE, PASSES = 4, 16, 4
+GROUPS, SIZE = 4, 16
 SILENT = (0.0, 0.25, 0.5, 0.75)
 
 
@@ -48,12 +48,13 @@ def drawn(args) -> list[tuple[list[dict], list[list[str]]]]:
 # ---- tokens, on paper
 
 
-def computed(prompts: list[int], completions: list[list[int]], silent: int) -> tuple[int, int]:
-    """Tokens of a step as TRL computes it and as the recipe does, of prompt lengths and completion lengths by group."""
+def computed(prompts: list[int], completions: list[list[int]], silent: int, count: int) -> tuple[int, int]:
+    """Tokens of a step as TRL computes it and as the recipe does, of prompt lengths and completion lengths by group,
+    in `count` passes."""
     rows = [(prompt, length) for prompt, group in zip(prompts, completions, strict=True) for length in group]
     theirs = len(rows) * (max(prompts) + max(length for _, length in rows))
-    teaching = sorted(rows[silent * SIZE :] or rows[:PASSES], key=lambda row: row[1])
-    bounds = [round(i * len(teaching) / PASSES) for i in range(PASSES + 1)]
+    teaching = sorted(rows[silent * SIZE :] or rows[:count], key=lambda row: row[1])
+    bounds = [round(i * len(teaching) / count) for i in range(count + 1)]
     passes = [teaching[first:last] for first, last in pairwise(bounds)]
     ours = sum(len(rows) * (max(p for p, _ in rows) + max(c for _, c in rows)) for rows in passes)
     return theirs, ours
@@ -68,7 +69,7 @@ def on_paper(args, tokenizer) -> str:
         prompts = [len(ids) for ids in tokenize(tokenizer, [to_prompt(problem["question"]) for problem in problems])]
         lengths = [[min(len(ids) + 1, args.limit) for ids in tokenizer(group)["input_ids"]] for group in solutions]
         for silent, total in totals.items():
-            for i, tokens in enumerate(computed(prompts, lengths, int(silent * GROUPS))):
+            for i, tokens in enumerate(computed(prompts, lengths, int(silent * GROUPS), args.passes)):
                 total[i] += tokens
     lines = ["| groups without signal | tokens of TRL's step | of the recipe's | TRL / recipe |", "|---|---|---|---|"]
     for silent, (theirs, ours) in totals.items():
@@ -96,6 +97,8 @@ def measure(args) -> dict:
         "use_cpu": args.use_cpu,
         "bf16": args.bf16,
         "lean_step": args.measure == "recipe",
+        "per_device_train_batch_size": GROUPS * SIZE // args.passes,
+        "gradient_accumulation_steps": args.passes,
         "gradient_checkpointing": "false",
         "max_completion_length": args.limit,
         "max_steps": args.steps + 1,
@@ -174,6 +177,7 @@ def main() -> None:
     parser.add_argument(
         "--silent", type=float, nargs="+", default=[0.0, 0.5], help="shares of the groups (%(default)s)"
     )
+    parser.add_argument("--passes", type=int, default=4, help="more of them need less memory (%(default)s)")
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path("outputs/lean_step"))
