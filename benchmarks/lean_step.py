@@ -4,8 +4,8 @@
     python benchmarks/lean_step.py --dataset /data/gsm8k --model models/SmolLM2-135M-Instruct --use_cpu   # and time
 
 A step is 4 problems x 16 completions. The completions are solutions of GSM8K in the recipe's format, drawn
-at random and cut at the limit: what a policy writes after a cold start is as long, and the time of an update depends on
-lengths alone. `--silent` is the share of the groups whose completions all earn the same; TRL's update does not depend on
+at random and cut at the limit: what a policy writes after a cold start is as long, and an update's time depends on
+lengths alone. `--silent` is the share of the groups whose completions all earn the same; TRL's does not depend on
 it. Each update makes the same steps in a process of its own, so that its peak is its own; the first is not counted.
 """
 
