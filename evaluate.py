@@ -24,6 +24,7 @@ from support.generation import BATCH_SIZE, complete, load_policy
 from support.problems import expand, load_tokenizer
 from support.processes import count, quiet
 from support.record import printable, read_run
+from support.report import write_report
 from support.side_by_side import write_page
 from support.unfinished import Unfinished
 
@@ -115,6 +116,8 @@ def run(flags: argparse.Namespace, task: Task) -> None:
         print(verdicts(flags.model, flags.compare, report["comparison"]))
         print(f"written: {write_page(folder, flags.model, before, report, rows)}, for a browser")
     print(f"written: {folder / stem(task)}.json and .jsonl")
+    if report_of_run := write_report(folder):
+        print(f"written anew: {report_of_run}, the run's report")
 
 
 def main(argv: list[str] | None = None) -> None:

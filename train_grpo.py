@@ -168,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
             trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
             trainer.save_model()
             trainer.save_state()  # the log, which curves.png draws
-        print(f"saved: the trained policy, its tokenizer and curves.png in {printable(settings.output_dir)}")
+            trainer.create_model_card()  # README.md, the run's report
+        print(f"saved: the trained policy, its tokenizer, curves.png and a report in {printable(settings.output_dir)}")
         if settings.demo:
             demo.tell(settings)
     print(f"next:  python evaluate.py {printable(settings.output_dir)}")

@@ -19,6 +19,7 @@ ROWS = {
     "mean_completion_tokens": ".1f",
     "reflection_rate": ".1%",
 }
+KINDS = {(True, False): "gained", (False, True): "lost", (True, True): "both", (False, False): "neither"}
 IN_COLUMNS = (*ROWS, "strict_ci95", "n")  # what such a table is made of
 
 
@@ -145,7 +146,28 @@ def paired(name: str, before: dict[str, tuple[dict, list[dict]]], rows: list[dic
     tests = compare(rows, before["baseline"][1])
     if "baseline native" in before:
         tests["native"] = compare(rows, before["baseline native"][1], "lenient")
-    return {"baseline": name, **tests, "columns": columns}
+    return {"baseline": name, **tests, "columns": columns, "samples": _samples(rows, before["baseline"][1])}
+
+
+def kinds(rows: list[dict], baseline: list[dict], key: str = "strict") -> list[str]:
+    """Of each problem, which of the two gets it right: 'gained', 'lost', 'both' or 'neither'."""
+    return [KINDS[row[key], other[key]] for row, other in zip(rows, baseline, strict=True)]
+
+
+def _samples(rows: list[dict], baseline: list[dict]) -> list[dict]:
+    """Three problems for the run's report, each the first of its kind; of 'both' where another kind is missing."""
+    of_each = kinds(rows, baseline)
+    chosen = [of_each.index(kind) for kind in ("gained", "lost", "neither", "both") if kind in of_each][:3]
+    return [
+        {
+            "kind": of_each[i],
+            "question": rows[i]["question"],
+            "gold": rows[i]["gold"],
+            "before": baseline[i]["completion"],
+            "after": rows[i]["completion"],
+        }
+        for i in chosen
+    ]
 
 
 def verdicts(model: str, baseline: str, paired: dict) -> str:

@@ -23,36 +23,36 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # told apart in print too
 SMOOTHED_OVER = 20  # the bold line is a mean over 1/20 of the run
 
-# a panel: its title, and what it shows as (name in the log, label)
+# a panel: its title, and what it shows as (name in the log, label); of the five rewards, a share of what each pays
+MOST = {"correctness": 2.0, "int": 0.5, "strict_format": 0.5, "soft_format": 0.5, "xmlcount": 0.5}
 PANELS = (
-    ("total reward (0 to 4) and its spread", (("reward", "reward"),)),
+    ("reward: total (0 to 4) and its spread", (("reward", "reward"),)),
     (
-        "the five rewards",
-        tuple(
-            (f"rewards/{name}_reward_func/mean", name)
-            for name in ("correctness", "int", "strict_format", "soft_format", "xmlcount")
-        ),
+        "format first, then correctness: share of what each pays",
+        tuple((f"rewards/{name}_reward_func/mean", name.replace("_", " ")) for name in MOST),
     ),
     (
-        "share correct",
+        "accuracy: share correct",
         (
             ("correct_rate", "sampled, training"),
             ("eval_strict_accuracy", "greedy, held-out, strict"),
             ("eval_lenient_accuracy", "greedy, held-out, lenient"),
         ),
     ),
-    ("completion length (tokens)", (("completions/mean_length", "mean"),)),
+    ("length: tokens a completion", (("completions/mean_length", "mean"),)),
     (
-        "share cut off, share of groups without signal",
-        (("completions/clipped_ratio", "cut off"), ("frac_reward_zero_std", "no signal")),
+        "signal: share of groups that teach nothing, of completions cut off",
+        (("frac_reward_zero_std", "no signal"), ("completions/clipped_ratio", "cut off")),
     ),
     ("entropy (nats), KL", (("entropy", "entropy"), ("kl", "KL to the reference model"))),
     ("gradient norm before clipping", (("grad_norm", "gradient norm"),)),
     (
-        "share with self-reflection",
+        "reflection: share with a phrase of it",
         (("reflection_rate", "sampled, training"), ("eval_reflection_rate", "greedy, held-out")),
     ),
 )
+SHARES = ("format", "accuracy", "signal", "reflection")  # panels from 0 to 1
+OF_SEVERAL = ("correctness", "strict format")  # of the five rewards, where several runs are drawn
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -73,41 +73,57 @@ def read_log(folder: Path) -> list[dict]:
 
 def draw(logs: dict[str, list[dict]], path: Path) -> None:
     """Draw the logs of one or several named runs; the picture appears whole or not at all."""
-    from matplotlib.figure import Figure
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    figure(logs).savefig(partial, format="png", dpi=75)
+    os.replace(partial, path)
 
-    figure = Figure(figsize=(16, 7.2), layout="constrained")
-    for axes, (title, series) in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
-        axes.set_title(title, fontsize=11)
+
+def figure(logs: dict[str, list[dict]]):
+    """The picture. Of one run, a colour for each curve of a panel; of several, a colour for each run, and the same
+    dashes for the same curve."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    several = len(logs) > 1
+    picture = Figure(figsize=(16, 7.2), layout="constrained")
+    for axes, (title, series) in zip(picture.subplots(2, 4).flat, PANELS, strict=True):
+        axes.set_title(title, fontsize=10)
         shown = [item for item in series if any(item[0] in row for log in logs.values() for row in log)]
-        for run, (name, log) in enumerate(logs.items()):
-            for number, (key, label) in enumerate(shown):
-                several = len(logs) > 1
-                label = f"{name}: {label}" if several and len(shown) > 1 else name if several else label
-                _plot(axes, log, key, label, PALETTE[(run if several else number) % len(PALETTE)], STYLES[number])
-        if title.startswith("share") and shown:
+        if several and title.startswith("format"):
+            shown = [item for item in shown if item[1] in OF_SEVERAL]
+        for run, log in enumerate(logs.values()):
+            for number, (key, _) in enumerate(shown):
+                _plot(axes, log, key, PALETTE[(run if several else number) % len(PALETTE)], STYLES[number])
+        colours = ["grey"] * len(shown) if several else PALETTE
+        keys = [Line2D([], [], color=c, linestyle=s) for c, s, _ in zip(colours, STYLES, shown, strict=False)]
+        if len(shown) > 1:
+            axes.legend(keys, [label for _, label in shown], fontsize=8, framealpha=0.7)
+        if title.startswith(SHARES) and shown:
             axes.set_ylim(-0.03, 1.03)
-        if title.startswith("total reward"):
+        if title.startswith("reward"):
             axes.set_ylim(-0.1, 4.1)
-        if len(shown) > 1 or len(logs) > 1:
-            axes.legend(fontsize=8, framealpha=0.7)
         if not shown:
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color="grey")
         axes.set_xlabel("step", fontsize=9)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
-    figure.suptitle(printable(", ".join(logs)), fontsize=12)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(partial, format="png", dpi=75)
-    os.replace(partial, path)
+    names = [printable(name).replace("$", r"\$") for name in logs]  # a dollar would start a formula
+    if several:
+        keys = [Line2D([], [], color=PALETTE[run % len(PALETTE)], linewidth=3) for run in range(len(logs))]
+        picture.legend(keys, names, loc="outside upper center", ncols=len(logs), fontsize=11)
+    else:
+        picture.suptitle(names[0], fontsize=12)
+    return picture
 
 
-def _plot(axes, log: list[dict], key: str, label: str, colour: str, style) -> None:
+def _plot(axes, log: list[dict], key: str, colour: str, style) -> None:
     rows = [row for row in log if row.get(key) is not None]
     if not rows:
         return
-    steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+    most = MOST[key.split("/")[1].removesuffix("_reward_func")] if key.startswith("rewards/") else 1
+    steps, values = [row["step"] for row in rows], [row[key] / most for row in rows]
     if key.startswith("eval_"):  # few points, each exact: no smoothing
-        axes.plot(steps, values, color=colour, linestyle=style, marker="o", markersize=5, label=label)
+        axes.plot(steps, values, color=colour, linestyle=style, marker="o", markersize=5)
         return
     if key == "reward":
         spread = [row.get("reward_std") or 0 for row in rows]
@@ -115,7 +131,7 @@ def _plot(axes, log: list[dict], key: str, label: str, colour: str, style) -> No
         axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
     marker = "." if len(steps) < 10 else None
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, marker=marker)
-    axes.plot(steps, smooth(values), color=colour, linestyle=style, linewidth=2, marker=marker, label=label)
+    axes.plot(steps, smooth(values), color=colour, linestyle=style, linewidth=2, marker=marker)
 
 
 def smooth(values: list[float]) -> list[float]:

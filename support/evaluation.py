@@ -191,7 +191,7 @@ def evaluate(
     rows = [score(i, *pair, native) for i, pair in enumerate(zip(problems, completions, strict=True))]
     where = {"model": name, "dataset": task.dataset_name, "split": task.split}
     how = {key: getattr(task, key) for key in COMPARABLE}
-    return {**where, **summarize(rows), "model_revision": revision, **how}, rows
+    return {**where, **summarize(rows), "model_revision": revision, "limit": task.limit, **how}, rows
 
 
 def _asked(name: str, policy, problems: list[dict], token_ids: list[list[int]], length: int, batch_size: int) -> dict:

@@ -7,6 +7,7 @@ A constant is its flag in capitals. A new one becomes the default of the flag of
 import argparse
 import sys
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from trl import GRPOConfig, ModelConfig, TrlParser
 from yaml import YAMLError
@@ -51,6 +52,7 @@ class Settings(GRPOConfig, ModelConfig):
     allow_changed_settings: bool = _own("Resume although settings that shape the trajectory differ.", False)
     demo: bool = _own("A tiny policy on made-up sums: any machine, offline.", False)
     is_resumed: bool = field(default=False, init=False)
+    recipe: ClassVar[dict] = {}  # the recipe's values of what this run's constants or flags change
 
     def __post_init__(self):
         GRPOConfig.__post_init__(self)
@@ -85,6 +87,7 @@ class _Parser(TrlParser):
         defaults = {name.lower(): value for name, value in constants.items() if name.isupper()}
         for name in set(defaults) - {action.dest for action in self._actions}:
             self.error(f"the constant {name.upper()} is no flag, so that nothing would read it; --help lists all flags")
+        self.recipe = {action.dest: self.get_default(action.dest) for action in self._actions} | defaults
         defaults |= demo.settings() if is_demo else {}
         self.dtype = defaults["dtype"]
         self.rates = {name: defaults[name] for name in RATES}
@@ -105,6 +108,12 @@ class _Parser(TrlParser):
         if problems:
             listed = "".join(f"  - {printable(problem)}\n" for problem in problems)
             self.exit(2, f"train_grpo.py cannot start (a constant is its flag in capitals):\n{listed}")
+        own = ("help", "config", "demo", "output_dir", "resume_from_checkpoint", "allow_changed_settings")
+        self.recipe = {
+            name: default
+            for name, default in self.recipe.items()
+            if name not in own and getattr(flags, name, default) != default
+        }
         if flags.use_vllm is None:
             flags.use_vllm = vllm_obstacle(flags.use_cpu) is None and not flags.load_in_4bit
         for name in ("gradient_accumulation_steps", "steps_per_generation"):  # all processes together make one step
@@ -143,6 +152,7 @@ def read_settings(constants: dict, argv: list[str] | None = None) -> Settings:
     parser = _Parser(constants, is_demo="--demo" in argv)
     try:
         (settings,) = parser.parse_args_and_config(argv)
+        settings.recipe = parser.recipe
         memory.settle(settings)
         if settings.is_resumed:
             settings.resume_from_checkpoint = processes.on_main(find_checkpoint, settings)

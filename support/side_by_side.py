@@ -2,18 +2,12 @@
 
 from pathlib import Path
 
-from support.comparison import cells, in_words
+from support.comparison import KINDS, cells, in_words, kinds
 from support.evaluation import answer_span
 from support.record import printable, set_aside, write_whole
 
 TEMPLATE = Path(__file__).parent / "templates" / "comparison.html"
-KINDS = {(True, False): "gained", (False, True): "lost", (True, True): "both", (False, False): "neither"}
 COUNTS = ("only_model_right", "only_baseline_right", "both_right", "both_wrong")  # of these kinds, in evaluation.json
-
-
-def kinds(rows: list[dict], baseline: list[dict], key: str) -> list[str]:
-    """Of each problem, which of the two gets it right: 'gained', 'lost', 'both' or 'neither'."""
-    return [KINDS[row[key], other[key]] for row, other in zip(rows, baseline, strict=True)]
 
 
 def write_page(folder: Path, model: str, before: dict[str, tuple[dict, list[dict]]], report: dict, rows: list) -> Path:
@@ -26,7 +20,7 @@ def write_page(folder: Path, model: str, before: dict[str, tuple[dict, list[dict
     from jinja2 import Environment
 
     tests = [_test("strict", "strict, the same prompt", report["comparison"])]
-    paired = {"strict": kinds(rows, before["baseline"][1], "strict")}
+    paired = {"strict": kinds(rows, before["baseline"][1])}
     if "native" in report["comparison"]:
         tests.append(_test("lenient", "lenient, the baseline with its native prompt", report["comparison"]["native"]))
         paired["lenient"] = kinds(rows, before["baseline native"][1], "lenient")
@@ -64,8 +58,8 @@ def _side(name: str, row: dict) -> dict:
     text, native = row["completion"], row["strict"] is None
     start, end = answer_span(text, native) or (len(text), len(text))
     verdict = "right" if row["lenient"] else "wrong"
-    if not native:
-        verdict = "right, in the format" if row["strict"] else f"strict wrong, lenient {verdict}"
+    if not native and row["lenient"] | row["strict"]:
+        verdict = "right, in the format" if row["strict"] else "right number, not in the format"
     cut = ", cut off" if row["truncated"] else ""
     return {
         "name": name,

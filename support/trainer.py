@@ -9,6 +9,7 @@ first):
 - drop: completions of advantage 0 are left out; those that are left are spread evenly over the passes.
 """
 
+import shlex
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,13 @@ import torch
 import trl
 from accelerate.utils import set_seed
 from peft import PeftModel
+from httpx import HTTPError  # huggingface_hub's, where it has no own
 
 from support import processes
 from support.checkpoints import WholeCheckpoints
 from support.errors import BadInput
+from support.record import printable
+from support.report import write_report
 
 SUMS = ("dapo", "cispo", "vespo")  # losses that are a sum over all tokens of a generation, by one normalizer
 
@@ -38,6 +42,8 @@ class _Recipe(WholeCheckpoints):
             kwargs["args"].model_init_kwargs = None
         try:
             super().__init__(model, **kwargs)
+        except BadInput:
+            raise
         except (OSError, ValueError, ImportError) as error:
             name = model if isinstance(model, str) else model.config._name_or_path
             message = str(error).strip()
@@ -47,6 +53,35 @@ class _Recipe(WholeCheckpoints):
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+
+    def create_model_card(self, *args, **kwargs):
+        """The run's report takes the place of TRL's card, on disk and on the Hub."""
+        if processes.is_main():
+            write_report(Path(self.args.output_dir), self.state.log_history)
+
+    def init_hf_repo(self, *args, **kwargs):
+        try:
+            return super().init_hf_repo(*args, **kwargs)
+        except (OSError, HTTPError) as error:
+            raise BadInput(
+                f"--push_to_hub: {_first_line(error)}. Train without it, and later say: {self._upload()}"
+            ) from error
+
+    def push_to_hub(self, *args, **kwargs):
+        """TRL's, except that a Hub that is out of reach costs a trained policy nothing but the push."""
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except (OSError, HTTPError) as error:
+            print(f"NOT pushed to the Hub: {_first_line(error)}. All is saved; later say: {self._upload()}")
+
+    def _upload(self) -> str:
+        folder = self.args.output_dir
+        name = self.args.hub_model_id or Path(folder).absolute().name
+        return shlex.join(["hf", "upload", name, folder, "--exclude", "checkpoint-*"])
+
+
+def _first_line(error: Exception) -> str:
+    return printable(str(error).strip().partition("\n")[0].rstrip(".") or repr(error))
 
 
 class SFTTrainer(_Recipe, trl.SFTTrainer):

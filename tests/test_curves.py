@@ -36,6 +36,48 @@ def test_by_hand_one_run_or_several_laid_over_each_other(trained, tmp_path):
     assert drawn(tmp_path / "cut short" / "curves-compared.png")
 
 
+def panels(logs: dict) -> dict:
+    return {axes.get_title().partition(":")[0]: axes for axes in curves.figure(logs).axes}
+
+
+def labels(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+LOG = [
+    {
+        "step": step,
+        "reward": 1.0,
+        "frac_reward_zero_std": 0.5,
+        "completions/mean_length": 20,
+        "completions/clipped_ratio": 0.1,
+        **{f"rewards/{name}_reward_func/mean": most * step / 4 for name, most in curves.MOST.items()},
+    }
+    for step in range(1, 5)
+]
+
+
+def test_the_titles_say_what_people_look_for_and_rewards_share_one_scale():
+    shown = panels({"outputs/one": LOG})
+    assert {"format first, then correctness", "length", "signal"} <= shown.keys()
+    assert labels(shown["signal"]) == ["no signal", "cut off"]
+    axes = shown["format first, then correctness"]
+    assert labels(axes) == ["correctness", "int", "strict format", "soft format", "xmlcount"]
+    assert {line.get_ydata()[-1] for line in axes.lines} == {1.0}, "each as a share of what it pays"
+
+
+def test_of_several_runs_a_colour_is_a_run_and_dashes_are_a_curve():
+    picture = curves.figure({"outputs/one": LOG, "outputs/$two$": LOG})
+    (legend,) = picture.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["outputs/one", r"outputs/\$two\$"]
+    axes = picture.axes[1]
+    assert labels(axes) == ["correctness", "strict format"], "not five curves for each run"
+    bold = [line for line in axes.lines if line.get_linewidth() == 2]
+    assert len(bold) == 4
+    assert len({line.get_color() for line in bold}) == 2
+    assert len({line.get_linestyle() for line in bold}) == 2
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"log_history": '])
 def test_a_damaged_log_is_one_message(tmp_path, text):
     (tmp_path / "trainer_state.json").write_text(text)
