@@ -28,7 +28,7 @@ MOST = {"correctness": 2.0, "int": 0.5, "strict_format": 0.5, "soft_format": 0.5
 PANELS = (
     ("reward: total (0 to 4) and its spread", (("reward", "reward"),)),
     (
-        "format first, then correctness: share of what each pays",
+        "format first, then correctness: share of the most",
         tuple((f"rewards/{name}_reward_func/mean", name.replace("_", " ")) for name in MOST),
     ),
     (
@@ -41,8 +41,8 @@ PANELS = (
     ),
     ("length: tokens a completion", (("completions/mean_length", "mean"),)),
     (
-        "signal: share of groups that teach nothing, of completions cut off",
-        (("frac_reward_zero_std", "no signal"), ("completions/clipped_ratio", "cut off")),
+        "signal: share of groups that teach nothing",
+        (("frac_reward_zero_std", "no signal"), ("completions/clipped_ratio", "completions cut off")),
     ),
     ("entropy (nats), KL", (("entropy", "entropy"), ("kl", "KL to the reference model"))),
     ("gradient norm before clipping", (("grad_norm", "gradient norm"),)),

@@ -60,7 +60,7 @@ LOG = [
 def test_the_titles_say_what_people_look_for_and_rewards_share_one_scale():
     shown = panels({"outputs/one": LOG})
     assert {"format first, then correctness", "length", "signal"} <= shown.keys()
-    assert labels(shown["signal"]) == ["no signal", "cut off"]
+    assert labels(shown["signal"]) == ["no signal", "completions cut off"]
     axes = shown["format first, then correctness"]
     assert labels(axes) == ["correctness", "int", "strict format", "soft format", "xmlcount"]
     assert {line.get_ydata()[-1] for line in axes.lines} == {1.0}, "each as a share of what it pays"
