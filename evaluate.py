@@ -8,6 +8,7 @@
 Strict accuracy counts the right number in the required format, lenient accuracy the right number as the last one
 anywhere in the text: the gap between them is format, not arithmetic. --compare shows three columns: the baseline with
 its native prompt, the baseline with the recipe's, and the model; what the first already solves was not learned here.
+What is answered stays on disk: after Ctrl-C or a kill the same command goes on from there.
 """
 
 import argparse
@@ -110,13 +111,15 @@ def run(flags: argparse.Namespace, task: Task) -> None:
         if before:
             report["comparison"] = paired(flags.compare, before, rows)
         save(folder, task, report, rows)
+        page = write_page(folder, flags.model, before, report, rows) if before else None
+        report_of_run = write_report(folder)
     columns = {name: measured for name, (measured, _) in before.items()}
     print(table({**columns, "model": report} if before else {Path(flags.model).name: report}))
     if before:
         print(verdicts(flags.model, flags.compare, report["comparison"]))
-        print(f"written: {write_page(folder, flags.model, before, report, rows)}, for a browser")
+        print(f"written: {page}, for a browser")
     print(f"written: {folder / stem(task)}.json and .jsonl")
-    if report_of_run := write_report(folder):
+    if report_of_run:
         print(f"written anew: {report_of_run}, the run's report")
 
 

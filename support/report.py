@@ -52,6 +52,8 @@ def _evaluation(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     report = json.loads(path.read_text(encoding="utf-8"))
+    if "limit" not in report:  # of an earlier version, which did not say whether it was the whole split
+        return None
     newest = max((weights.stat().st_mtime for weights in folder.glob("*.safetensors")), default=0)
     is_of_it = Path(report["model"]).resolve() == folder.resolve() and path.stat().st_mtime >= newest
     return report if is_of_it else None
