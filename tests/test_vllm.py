@@ -136,13 +136,17 @@ def test_a_comparison_by_two_engines_in_turn_has_transformers_texts(learned, wor
         assert line.split()[2] == f"{before[key]:.1%}", "the baseline's column"
 
 
-def test_an_evaluation_that_is_killed_leaves_no_engine_behind(world, tmp_path):
+def test_an_evaluation_that_is_stopped_leaves_no_engine_behind(world, tmp_path):
     words = ["--dataset_name", world["data"], "--use_cpu", "--use_vllm", "true", "--output_dir", tmp_path]
     process = launch(REHEARSED, "evaluate.py", world["policy"], *words, "--max_completion_length", "48")
     engines = wait_for_engine(process)
-    process.kill()
-    process.communicate()
-    assert not psutil.wait_procs(engines, timeout=120)[1]
+    process.terminate()
+    _, alive = psutil.wait_procs(engines, timeout=120)
+    for engine in alive:  # it holds the pipes that are read next
+        engine.kill()
+    end(process)
+    assert not alive
+    assert process.returncode == 143
 
 
 def test_a_text_longer_than_the_model_is_made_for_is_one_message(world, tmp_path):
@@ -152,6 +156,14 @@ def test_a_text_longer_than_the_model_is_made_for_is_one_message(world, tmp_path
     assert "evaluate.py: model" in done.stderr
     assert "max_position_embeddings=512" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def end(process) -> None:
+    """Kill a process and its engine, where they have not ended."""
+    if process.poll() is None:
+        for part in [*psutil.Process(process.pid).children(recursive=True), process]:
+            part.kill()
+    process.communicate()
 
 
 def wait_for_engine(process) -> list[psutil.Process]:
@@ -281,14 +293,6 @@ def is_healthy(port: int) -> bool:
         return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
     except OSError:
         return False
-
-
-def end(process) -> None:
-    """Kill a server and its engine."""
-    if process.poll() is None:
-        for part in [*psutil.Process(process.pid).children(recursive=True), process]:
-            part.kill()
-        process.communicate()
 
 
 @pytest.mark.xdist_group("server")
