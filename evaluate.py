@@ -11,6 +11,11 @@ its native prompt, the baseline with the recipe's, and the model; what the first
 What is answered stays on disk: after Ctrl-C or a kill the same command goes on from there.
 """
 
+from support import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()  # on Ctrl-C, while what follows is imported
+
 import argparse
 import json
 import signal
@@ -130,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     flags, task = parse_flags(argv)
     quiet()
     try:
+        interrupts.raise_again()
         if flags.ask is not None:
             print(ask(flags, task))
         else:

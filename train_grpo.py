@@ -15,6 +15,11 @@ A constant below is its flag in capitals: change LEARNING_RATE here, or say --le
 GRPOConfig and ModelConfig can be added here in the same way; one that is not here keeps TRL's default.
 """
 
+from support import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()  # on Ctrl-C, while what follows is imported
+
 from support import demo
 from support.cold_start import cold_start
 from support.evaluation import held_out_problems

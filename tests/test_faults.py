@@ -55,19 +55,24 @@ def test_a_run_killed_in_mid_step_resumes_to_the_same_run(undisturbed, policy, d
 def test_one_command_for_ever_starts_restarts_and_ends_a_run(undisturbed, policy, data, tmp_path):
     """A supervisor's loop: the same line until it says that the run is complete, killed at random on the way."""
     words = [*flags(policy, data, tmp_path / "run", **LONG), "--resume_from_checkpoint", "auto"]
-    moments, rng, said = ["problems to train on", "resume  ", "step  2/24", "step "], random.Random(19), []
+    moments = [("problems to train on", 1), ("step  1/24", 0), ("step ", 1), ("step ", 1)]  # and up to so many seconds
+    rng, said = random.Random(19), []
     record = tmp_path / "run" / "run.json"
     while not said or "already complete" not in said[-1]:
         is_done = record.is_file() and json.loads(record.read_text())["outcome"] == "finished"
         process = launch("train_grpo.py", *words)
+        seen = ""
         if moments and not is_done:  # a fast machine is done before the last kill
-            until(process, moments.pop(0))
-            time.sleep(rng.random())
+            text, seconds = moments.pop(0)
+            seen = until(process, text)
+            time.sleep(seconds * rng.random())
             process.kill()
         out, errors = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), errors[-4000:]
-        said.append(out)
+        said.append(seen + out)
         assert len(said) < 8
+    assert "no run is there yet" in said[0]
+    assert "no checkpoint of GRPO yet, the run begins anew" in said[2]
     assert same_run(undisturbed, tmp_path / "run")
     assert json.loads(record.read_text())["outcome"] == "finished"
 
@@ -94,6 +99,29 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_go_on(number, status
     assert same_run(undisturbed, tmp_path / "run")
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in log if "eval_n" in row] == [0, 8, 16, 24], "no measurement is lost"
+
+
+@pytest.mark.parametrize(
+    ("script", "module"),
+    [
+        *(("train_grpo.py", module) for module in ("numpy", "torch", "accelerate", "datasets")),
+        *(("evaluate.py", module) for module in ("numpy", "transformers.utils.logging")),
+    ],
+)
+def test_ctrl_c_while_it_imports_is_one_line(script, module):
+    """Python names every module that it has imported, so that a moment can be waited for."""
+    process = launch(script, "outputs/none", PYTHONPROFILEIMPORTTIME=1)
+    for line in process.stderr:
+        if line.rpartition("|")[2].strip() == module:
+            break
+    else:
+        raise AssertionError(f"{module} is never imported")
+    process.send_signal(signal.SIGINT)
+    errors = process.stderr.read()
+    process.communicate()
+    assert process.returncode == 130, errors[-4000:]
+    said = [line for line in errors.splitlines() if line.strip() and not line.startswith("import time:")]
+    assert said == [f"{script}: interrupted before anything was begun"]
 
 
 def test_a_stop_waits_until_what_was_generated_is_used_up(policy, data, tmp_path):
