@@ -28,43 +28,39 @@ def find_problems(flags: argparse.Namespace) -> list[str]:
 
 # ---- numbers
 
-# setting: its type, what it must be, and in words
+# setting: what it must be, and in words
 NUMBERS = {
-    "max_prompt_length": (int, lambda n: n >= 1, "at least 1"),
-    "max_completion_length": (int, lambda n: n >= 1, "at least 1"),
-    "per_device_train_batch_size": (int, lambda n: n >= 1, "at least 1"),
-    "gradient_accumulation_steps": (int, lambda n: n >= 1, "at least 1"),
-    "num_generations": (int, lambda n: n >= 2, "at least 2: an advantage compares completions of one group"),
-    "eval_problems": (int, lambda n: n >= 1, "at least 1; EVAL_STEPS = 0 turns evaluation off"),
-    "save_total_limit": (int, lambda n: n >= 1, "at least 1"),
-    "cold_start_epochs": (int, lambda n: n >= 1, "at least 1"),
-    "cold_start_batch_size": (int, lambda n: n >= 1, "at least 1"),
-    "cold_start_examples": (int, lambda n: n >= 0, "0, which turns the cold start off, or above"),
-    "sample_every": (int, lambda n: n >= 0, "0, which turns samples off, or above"),
-    "max_steps": (int, lambda n: n == -1 or n >= 1, "at least 1, or -1 to follow NUM_TRAIN_EPOCHS"),
-    "eval_steps": (float, lambda n: n >= 0 and n == int(n), "a whole number, or 0, which turns evaluation off"),
-    "num_train_epochs": (float, lambda n: n > 0, "above 0"),
-    "learning_rate": (float, lambda n: n > 0, "above 0"),
-    "cold_start_learning_rate": (float, lambda n: n > 0, "above 0"),
-    "temperature": (float, lambda n: n > 0, "above 0: greedy completions of a group are all the same"),
-    "save_steps": (float, lambda n: n > 0, "above 0"),
-    "logging_steps": (float, lambda n: n > 0, "above 0"),
-    "beta": (float, lambda n: n >= 0, "0 or above"),
+    "max_prompt_length": (lambda n: n >= 1, "at least 1"),
+    "max_completion_length": (lambda n: n >= 1, "at least 1"),
+    "per_device_train_batch_size": (lambda n: n >= 1, "at least 1"),
+    "gradient_accumulation_steps": (lambda n: n >= 1, "at least 1"),
+    "num_generations": (lambda n: n >= 2, "at least 2: an advantage compares completions of one group"),
+    "eval_problems": (lambda n: n >= 1, "at least 1; EVAL_STEPS = 0 turns evaluation off"),
+    "save_total_limit": (lambda n: n >= 1, "at least 1"),
+    "cold_start_epochs": (lambda n: n >= 1, "at least 1"),
+    "cold_start_batch_size": (lambda n: n >= 1, "at least 1"),
+    "cold_start_examples": (lambda n: n >= 0, "0, which turns the cold start off, or above"),
+    "sample_every": (lambda n: n >= 0, "0, which turns samples off, or above"),
+    "max_steps": (lambda n: n == -1 or n >= 1, "at least 1, or -1 to follow NUM_TRAIN_EPOCHS"),
+    "eval_steps": (lambda n: n >= 0 and n == int(n), "a whole number, or 0, which turns evaluation off"),
+    "num_train_epochs": (lambda n: n > 0, "above 0"),
+    "learning_rate": (lambda n: n > 0, "above 0"),
+    "cold_start_learning_rate": (lambda n: n > 0, "above 0"),
+    "temperature": (lambda n: n > 0, "above 0: greedy completions of a group are all the same"),
+    "save_steps": (lambda n: n > 0, "above 0"),
+    "logging_steps": (lambda n: n > 0, "above 0"),
+    "seed": (lambda n: 0 <= n < 2**32, "from 0 to 4,294,967,295"),
+    "beta": (lambda n: n >= 0, "0 or above"),
 }
 
 
 def _numbers(flags: argparse.Namespace) -> list[str]:
     problems, odd = [], set()
-    for name, (kind, is_right, words) in NUMBERS.items():
+    for name, (is_right, words) in NUMBERS.items():
         value = getattr(flags, name)
-        # argparse checks the command line; a --config file can hold anything
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or value != value:
-            problems.append(f"{name.upper()} is {value!r}, which is no {'whole ' if kind is int else ''}number")
-        elif not is_right(value):
+        if value is None or not is_right(value):
             problems.append(f"{name.upper()} is {value}; it must be {words}")
-        else:
-            continue
-        odd.add(name)
+            odd.add(name)
     if not odd & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
         problems += _passes(flags) or ([] if "num_generations" in odd else _groups(flags))
     if flags.cold_start_source not in ("dataset", "self"):
@@ -154,7 +150,7 @@ def _hardware(flags: argparse.Namespace) -> list[str]:
 def _several_gpus(flags: argparse.Namespace, gpus: int) -> str:
     batch, passes = flags.per_device_train_batch_size, flags.gradient_accumulation_steps
     words = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(gpus), *sys.argv]
-    if all(isinstance(n, int) and n > 0 for n in (batch, passes)) and passes % gpus:
+    if min(batch, passes) > 0 and passes % gpus:
         words += _split(batch, passes, gpus)
     return (
         f"{gpus} GPUs are visible, and python starts one process: `{shlex.join(words)}` uses them all, "

@@ -7,8 +7,10 @@ A constant is its flag in capitals. A new one becomes the default of the flag of
 import argparse
 import sys
 from dataclasses import dataclass, field
-from typing import ClassVar
+from math import isfinite
+from typing import ClassVar, get_type_hints
 
+from huggingface_hub.dataclasses import type_validator
 from trl import GRPOConfig, ModelConfig, TrlParser
 from yaml import YAMLError
 
@@ -20,6 +22,7 @@ from support.problems import expand
 from support.record import printable
 from support.resuming import find_checkpoint
 
+NOT = {int: "no whole number", float: "no number", bool: "neither true nor false", str: "no text"}
 RATES = ("learning_rate", "cold_start_learning_rate")  # times LORA_LEARNING_RATE_FACTOR with LoRA, unless given
 
 
@@ -73,6 +76,30 @@ class Settings(GRPOConfig, ModelConfig):
         }
 
 
+def _misfits(flags: argparse.Namespace, optional: set[str]) -> list[str]:
+    """Values of another type than their flag's, a line each: a --config file and a constant can hold anything. None
+    fits where it is the default."""
+    hints = {name: hint for name, hint in get_type_hints(Settings).items() if hasattr(flags, name)}
+    values = [(name, getattr(flags, name), hint) for name, hint in hints.items()]
+    return [
+        f"{name.upper()} is {value!r:.60}, which is {NOT.get(hint, f'not of type {hint}')}"
+        for name, value, hint in values
+        if not _fits(value, hint) and not (value is None and name in optional)
+    ]
+
+
+def _fits(value, hint) -> bool:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    for convert in (None, float) if is_whole else (None,):  # a whole number is a number
+        try:
+            form = convert(value) if convert else value
+            type_validator("", form, hint)
+            return not isinstance(form, float) or isfinite(form)
+        except (TypeError, OverflowError):
+            continue
+    return False
+
+
 class _Parser(TrlParser):
     """TrlParser that reports every problem at once, before any configuration is built that stops at its first one."""
 
@@ -92,6 +119,7 @@ class _Parser(TrlParser):
         self.dtype = defaults["dtype"]
         self.rates = {name: defaults[name] for name in RATES}
         self.set_defaults(**defaults | dict.fromkeys((*RATES, "dtype")))  # None: not given; depends on others then
+        self.optional = {action.dest for action in self._actions if action.default is None}
         lora = [action.dest for action in self._actions if action.dest.startswith("lora_")]
         self.lora = {name: self.get_default(name) for name in lora}
 
@@ -99,6 +127,8 @@ class _Parser(TrlParser):
         flags, unknown = super().parse_known_args(args, namespace)
         if flags.demo != self.is_demo:
             self.error("the demo is asked for by a bare `--demo` on the command line, without true or false")
+        if misfits := _misfits(flags, self.optional):
+            self.refuse(misfits)  # nothing else can be said about them
         self.settle(flags)
         problems = [f"unknown flag or stray value {word!r}; --help lists all flags" for word in unknown]
         for name, default in () if flags.use_peft else self.lora.items():
@@ -106,8 +136,7 @@ class _Parser(TrlParser):
                 problems.append(f"--{name} has no effect without --use_peft true")
         problems += find_problems(flags) if processes.is_main() else []
         if problems:
-            listed = "".join(f"  - {printable(problem)}\n" for problem in problems)
-            self.exit(2, f"train_grpo.py cannot start (a constant is its flag in capitals):\n{listed}")
+            self.refuse(problems)
         own = ("help", "config", "demo", "output_dir", "resume_from_checkpoint", "allow_changed_settings")
         self.recipe = {
             name: default
@@ -136,6 +165,10 @@ class _Parser(TrlParser):
         if flags.use_vllm is None and flags.vllm_mode == "server":
             flags.use_vllm = True
 
+    def refuse(self, problems: list[str]) -> None:
+        listed = "".join(f"  - {printable(problem)}\n" for problem in problems)
+        self.exit(2, f"train_grpo.py cannot start (a constant is its flag in capitals):\n{listed}")
+
     def exit(self, status=0, message=None):
         processes.linger()
         super().exit(status, message if processes.is_main() else None)
@@ -158,6 +191,7 @@ def read_settings(constants: dict, argv: list[str] | None = None) -> Settings:
             settings.resume_from_checkpoint = processes.on_main(find_checkpoint, settings)
     except (BadInput, RunStopped) as error:
         parser.exit(2, f"train_grpo.py: {printable(str(error))}\n")
-    except (ValueError, OSError, IndexError, YAMLError) as error:  # TRL's objections; no or no readable --config file
+    except (ValueError, TypeError, ImportError, OSError, IndexError, YAMLError) as error:
+        # TRL's objections, such as to a flag's combination with another; no or no readable --config file
         parser.error(str(error))
     return settings

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import trl
 from accelerate.utils import set_seed
-from peft import PeftModel
 from httpx import HTTPError  # huggingface_hub's, where it has no own
+from peft import PeftModel
 
 from support import processes
 from support.checkpoints import WholeCheckpoints
