@@ -153,7 +153,7 @@ class WholeCheckpoints:
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
         if processes.is_main() and not _internal_call:  # a checkpoint gets those of all its files
-            write_checksums(Path(output_dir or self.args.output_dir), WEIGHTS)
+            _bring_to_disk(Path(output_dir or self.args.output_dir), WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # of a policy with a `ref` adapter, a folder in the checkpoint, Transformers loads that alone, and leaves the
@@ -166,14 +166,19 @@ class WholeCheckpoints:
 
 def _move_in(scratch: Path, folder: Path, name: str) -> None:
     """Bring a checkpoint to the disk, so that its new name cannot get there before its contents, and into place."""
-    with ThreadPoolExecutor(1) as aside:
-        checksums = aside.submit(write_checksums, scratch / name)  # costs next to nothing while the disk is busy
-        _to_disk(*(scratch / name).rglob("*"))
-        checksums.result()
-    _to_disk(scratch / name / CHECKSUMS, scratch / name)
+    _bring_to_disk(scratch / name)
     if (folder / name).exists():  # damaged
         (folder / name).rename(scratch / "damaged")
     (scratch / name).rename(folder / name)
+
+
+def _bring_to_disk(folder: Path, pattern: str = "**/*") -> None:
+    """Bring the files in `folder` that fit, and their checksums, to the disk."""
+    with ThreadPoolExecutor(1) as aside:
+        checksums = aside.submit(write_checksums, folder, pattern)  # costs next to nothing while the disk is busy
+        _to_disk(*folder.glob(pattern))
+        checksums.result()
+    _to_disk(folder / CHECKSUMS, folder)
 
 
 def _to_disk(*paths: Path) -> None:
