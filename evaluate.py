@@ -131,7 +131,6 @@ def run(flags: argparse.Namespace, task: Task) -> None:
 def main(argv: list[str] | None = None) -> None:
     if count() > 1:
         sys.exit("evaluate.py runs in one process: start it with python")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: what is answered is told
     flags, task = parse_flags(argv)
     quiet()
     try:
@@ -148,5 +147,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: vLLM's engine is a process of its own
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: answers are kept, vLLM's engine ends too
     main()
