@@ -82,8 +82,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
     for name, default in DEFAULTS.items():
         if getattr(flags, name) is None:
             setattr(flags, name, run.get("settings", {}).get(name, default))
-    measured = (getattr(flags, name) for name in DEFAULTS)
-    return flags, Task(*measured, run.get("system_prompt", SYSTEM_PROMPT), flags.limit)
+    return flags, Task(*(getattr(flags, name) for name in DEFAULTS), run.get("system_prompt", SYSTEM_PROMPT), flags.limit)
 
 
 def ask(flags: argparse.Namespace, task: Task) -> str:
