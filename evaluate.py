@@ -43,10 +43,7 @@ DEFAULTS = {  # what is measured where neither the run nor a flag says otherwise
     "one_shot": False,
 }
 
-NATIVE_HELP = (
-    "measure with the prompt a model was made for; beside --compare, insist on the baseline's native column, or leave "
-    "it out (default: where it has one)"
-)
+NATIVE_HELP = "with the prompt a model was made for; beside --compare: insist on that column, or leave it out"
 
 
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
@@ -82,7 +79,8 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
     for name, default in DEFAULTS.items():
         if getattr(flags, name) is None:
             setattr(flags, name, run.get("settings", {}).get(name, default))
-    return flags, Task(*(getattr(flags, name) for name in DEFAULTS), run.get("system_prompt", SYSTEM_PROMPT), flags.limit)
+    measured = (getattr(flags, name) for name in DEFAULTS)
+    return flags, Task(*measured, run.get("system_prompt", SYSTEM_PROMPT), flags.limit)
 
 
 def ask(flags: argparse.Namespace, task: Task) -> str:
