@@ -144,9 +144,9 @@ def test_an_evaluation_that_is_stopped_leaves_no_engine_behind(world, tmp_path):
     _, alive = psutil.wait_procs(engines, timeout=120)
     for engine in alive:  # it holds the pipes that are read next
         engine.kill()
-    end(process)
+    _, errors = process.communicate()
     assert not alive
-    assert process.returncode == 143
+    assert process.returncode == 143, errors[-4000:]
 
 
 def test_a_text_longer_than_the_model_is_made_for_is_one_message(world, tmp_path):
