@@ -1,6 +1,7 @@
 """Checksums of what a run saves: safetensors notices a file that was cut short, not one with a flipped bit."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
@@ -12,7 +13,9 @@ WEIGHTS = "*.safetensors"
 def write_checksums(folder: Path, pattern: str = "**/*") -> None:
     """Write down the XXH3-128 of the files in `folder` that fit: of all, or as `WEIGHTS` of those."""
     paths = sorted(path for path in folder.glob(pattern) if path.is_file() and path.name != CHECKSUMS)
-    lines = [f"{_checksum(path)}  {path.relative_to(folder)}\n" for path in paths]
+    with ThreadPoolExecutor() as threads:  # weights and optimizer at once; reading and hashing hold no lock
+        checksums = threads.map(_checksum, paths)
+    lines = [f"{checksum}  {path.relative_to(folder)}\n" for checksum, path in zip(checksums, paths, strict=True)]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 

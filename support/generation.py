@@ -6,6 +6,7 @@ from importlib import metadata
 
 from support.checkpoints import checkpoints
 from support.errors import BadInput
+from support.hub import ELSEWHERE, loading
 from support.problems import tokenize
 from support.unfinished import Unfinished
 
@@ -42,12 +43,9 @@ def load_policy(name: str, revision: str | None = None, use_cpu: bool = False, t
 
     device = "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "use_safetensors": True}
-    try:
+    found = checkpoints(name)
+    with loading("model", name, f"It holds {found[-1].name}: evaluate that" if found else ELSEWHERE):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[device], **options)
-    except (OSError, ValueError) as error:
-        found = checkpoints(name)
-        hint = f" It holds {found[-1].name}: evaluate that." if found else ""
-        raise BadInput(f"model {name!r}: {str(error).strip()}{hint}") from error
     return model.to(device).eval()
 
 

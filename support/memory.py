@@ -8,7 +8,8 @@ one. Not counted: CUDA's own share, the allocator's waste, and the output layer,
 from copy import copy
 
 from support import processes
-from support.errors import BadInput, RunStopped
+from support.errors import RunStopped
+from support.hub import ELSEWHERE, loading
 
 NF4_BYTES = 0.5 + 4 / 64  # a 4-bit weight, and an fp32 scale for each 64 of them
 USABLE = 0.9  # of the memory: the rest is CUDA's own share and what the allocator cannot use
@@ -99,13 +100,8 @@ def settle(settings) -> None:
     if settings.demo:  # its policy is not there yet, and fits
         return
     batch = settings.per_device_train_batch_size
-    try:
+    with loading("model", settings.model_name_or_path, ELSEWHERE):
         model = shape(settings)
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"model {settings.model_name_or_path!r} cannot be loaded ({str(error).strip()}). Use a local folder "
-            "(--model_name_or_path FOLDER), or set HF_ENDPOINT to a mirror"
-        ) from error
     if processes.is_sharded():  # needs less than is computed here, by how much depends on the sharding
         settings.gradient_checkpointing = settings.gradient_checkpointing is not False
         return

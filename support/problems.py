@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rewards import extract_hash_answer, parse_number
 from support.errors import BadInput
+from support.hub import ELSEWHERE, loading
 
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # as from JSON's "\ud83d" without its second half
 ROWS_NAMED = 5  # bad rows an error spells out; the rest are counted
 
 
@@ -82,27 +84,21 @@ def _read_jsonl(folder: Path, split: str) -> list[tuple[int, object]]:
                     rows.append((number, json.loads(line.decode("utf-8-sig"))))
                 except ValueError as error:
                     rows.append((number, error))
+                except RecursionError:
+                    rows.append((number, ValueError("nested too deeply")))
     return rows
 
 
 def _read_hub(name: str, config: str | None, split: str) -> tuple[list[tuple[int, dict]], str | None]:
     from datasets import load_dataset
-    from huggingface_hub import constants
-    from huggingface_hub.utils import logging
+    from datasets.exceptions import DatasetsError
 
-    logging.set_verbosity_error()  # its five retries would bury the one line that helps
-    try:
+    instead = (
+        f"Check DATASET_CONFIG ({config}) and the split ({split}), use a local folder with train.jsonl and test.jsonl "
+        "(--dataset_name FOLDER), or set HF_ENDPOINT to a mirror"
+    )
+    with loading("dataset", name, instead, DatasetsError):
         dataset = load_dataset(name, config, split=split)
-    except ConnectionError as error:
-        raise BadInput(
-            f"dataset {name!r}: {constants.ENDPOINT} is out of reach ({error}). Use a local folder with train.jsonl "
-            "and test.jsonl (--dataset_name FOLDER), or set HF_ENDPOINT to a mirror."
-        ) from error
-    except (OSError, ValueError) as error:  # no such dataset, configuration or split
-        raise BadInput(
-            f"dataset {name!r}, configuration {config!r}, split {split!r}: {error}. Check DATASET_NAME, DATASET_CONFIG "
-            "and the split names."
-        ) from error
     sources = " ".join(dataset.info.download_checksums or {})  # hf://datasets/owner/name@COMMIT/file
     revision = re.search(r"@([0-9a-f]{40})/", sources)
     return list(enumerate(dataset, start=1)), revision and revision[1]
@@ -117,6 +113,8 @@ def _fault(row: object) -> str | None:
     for column in ("question", "answer"):
         if not isinstance(row.get(column), str) or not row[column].strip():
             return f"no {column!r}"
+        if LONE_SURROGATE.search(row[column]):
+            return f"half a character in {column!r}, which no tokenizer takes"
     gold = extract_hash_answer(row["answer"])
     if gold is None:
         return "no '####' in 'answer'"
@@ -134,21 +132,14 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         BadInput: it cannot be loaded, or the model has no chat template.
     """
-    from huggingface_hub.utils import logging
     from transformers import AutoTokenizer
 
-    logging.set_verbosity_error()
     if is_path(name) and not Path(name).expanduser().is_dir():
         raise BadInput(f"model {name!r}: no such folder")
-    try:
+    with loading("model", name, ELSEWHERE):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code, padding_side="left"
         )
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"model {name!r}: its tokenizer cannot be loaded ({str(error).strip()}). Use a local folder "
-            "(--model_name_or_path FOLDER), or set HF_ENDPOINT to a mirror."
-        ) from error
     if tokenizer.chat_template is None:
         raise BadInput(f"model {name!r}: no chat template. Choose an instruct model.")
     return tokenizer

@@ -19,10 +19,12 @@ import trl
 from accelerate.utils import set_seed
 from httpx import HTTPError  # huggingface_hub's, where it has no own
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from support import processes
 from support.checkpoints import WholeCheckpoints
 from support.errors import BadInput
+from support.hub import ELSEWHERE, trouble
 from support.record import printable
 from support.report import write_report
 
@@ -33,7 +35,7 @@ class _Recipe(WholeCheckpoints):
     """For one of TRL's trainers: what a user can mend is one message, and what is trained is in fp32.
 
     Raises:
-        BadInput: weights that are no safetensors, a setting that TRL refuses, a package that is missing.
+        BadInput: weights out of reach or no safetensors, a setting that TRL refuses, a package that is missing.
     """
 
     def __init__(self, model, **kwargs):
@@ -44,9 +46,9 @@ class _Recipe(WholeCheckpoints):
             super().__init__(model, **kwargs)
         except BadInput:
             raise
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, HTTPError, SafetensorError) as error:
             name = model if isinstance(model, str) else model.config._name_or_path
-            message = str(error).strip()
+            message = trouble(error, "model", name, ELSEWHERE) or str(error).strip()
             raise BadInput(f"{type(self).__name__} cannot be built for model {name!r}: {message}") from error
         self.is_quantized = getattr(self.model, "is_loaded_in_4bit", False)
         if self.is_quantized:  # TRL casts the adapter to bf16: small updates round away
