@@ -88,10 +88,10 @@ def _run_in_words(folder: Path, run: dict, log: list[dict]) -> dict:
     settings = run["settings"]
     step = max((row["step"] for row in log), default=0)
     a_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * run["processes"]
-    seconds = [row["train_runtime"] for row in log if "train_runtime" in row]
-    minutes = f", {seconds[-1] / 60:.1f} minutes{' since it was last resumed' if run['earlier'] else ''}"
+    seconds = next((row["train_runtime"] for row in reversed(log) if "train_runtime" in row), None)  # once it has ended
+    since = " since it was last resumed" if run["earlier"] else ""
     held_out = [row for row in log if "eval_strict_accuracy" in row]
-    every = -(-len(held_out) // HELD_OUT_ROWS)
+    every = -(-len(held_out) // HELD_OUT_ROWS) or 1
     commit = f" at commit {_code(run['commit'])}" if run["commit"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
     problems = f", {run['problems']:,} problems" if "problems" in run else ""
@@ -101,8 +101,8 @@ def _run_in_words(folder: Path, run: dict, log: list[dict]) -> dict:
         "data": f"{_code(settings['dataset_name'])} (split {_code(settings['dataset_train_split'])}{problems})",
         "steps": f"{step:,} steps of {a_step} completions",
         "device": _code(run["device"]) + (f" x {run['processes']} processes" if run["processes"] > 1 else ""),
-        "minutes": minutes if seconds else "",
-        "held_out": held_out[:-1][::every] + held_out[-1:] if held_out else [],
+        "minutes": f", {seconds / 60:.1f} minutes{since}" if seconds else "",
+        "held_out": held_out[:-1][::every] + held_out[-1:],
         "has_curves": (folder / "curves.png").is_file(),
         "prompt": _block(run["system_prompt"]),
         "changed": [
