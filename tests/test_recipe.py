@@ -205,6 +205,9 @@ def test_an_adapter_is_saved_evaluated_merged_and_resumed(quantized, policy, dat
     done = start("train_grpo.py", *flags(policy, data, run, **words))
     assert done.returncode == 0, done.stderr[-4000:]
     assert "AdamW states float32" in done.stdout, "small updates round away in less"
+    report = (run / "README.md").read_text()
+    assert "library_name: peft" in report
+    assert "with LoRA, trained with GRPO" in report, "not PEFT's own card"
     assert not (run / "model.safetensors").exists()
     adapter = load_file(run / "adapter_model.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name), "it has learned"
