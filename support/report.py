@@ -18,7 +18,7 @@ GSM8K = ("openai/gsm8k", "test")
 
 
 def write_report(folder: Path, log: list[dict] | None = None) -> Path | None:
-    """Write FOLDER/README.md of a run's folder; nothing where there is no run.
+    """Write FOLDER/README.md of a run's folder; nothing where there is no run, or only its run.json.
 
     Args:
         log: the trainer's; None takes what the folder holds of it.
@@ -28,11 +28,10 @@ def write_report(folder: Path, log: list[dict] | None = None) -> Path | None:
     if not (folder / "run.json").is_file():
         return None
     run, measured = read_run(folder), _evaluation(folder)
-    if log is None:
-        try:
-            log = read_log(folder)
-        except BadInput:  # a run without a checkpoint yet
-            log = []
+    try:
+        log = read_log(folder) if log is None else log
+    except BadInput:  # a merged adapter, or a run that has not saved yet
+        return None
     commands = [shlex.join(map(str, run["command"])), *(_evaluated_by(folder, measured) if measured else [])]
     parts = {**_run_in_words(folder, run, log), "commands": _block("\n".join(commands)), "samples": []}
     parts |= _evaluation_in_words(measured) if measured else {}
