@@ -91,7 +91,7 @@ def _run_in_words(folder: Path, run: dict, log: list[dict]) -> dict:
     since = " since it was last resumed" if run["earlier"] else ""
     held_out = [row for row in log if "eval_strict_accuracy" in row]
     every = -(-len(held_out) // HELD_OUT_ROWS) or 1
-    commit = f" at commit {_code(run['commit'])}" if run["commit"] else ""
+    commit = f"; the recipe at commit {_code(run['commit'])}" if run["commit"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
     problems = f", {run['problems']:,} problems" if "problems" in run else ""
     return {
@@ -107,6 +107,7 @@ def _run_in_words(folder: Path, run: dict, log: list[dict]) -> dict:
         "changed": [
             f"{_code(name)}: {_code(settings[name])}, the recipe's is {_code(value)}"
             for name, value in run.get("recipe", {}).items()
+            if settings[name] != value  # TRL reads some defaults back as what they were before
         ],
         "versions": _escaped(versions) + commit,
     }
