@@ -4,11 +4,10 @@
     python benchmarks/vllm_cpu.py --model models/SmolLM2-135M-Instruct --dataset /data/gsm8k --completion_length 256
 
 A step of `step_time.py`, whose flags it takes: 64 completions, bf16 compute, vLLM in bf16 too. vLLM runs on a CPU as in
-the tests (`tests/vllm_on_cpu.py`), but with its kernels compiled.
+the tests (`tests/vllm_on_cpu.py`); with VLLM_CPU_CI_ENV=0 in the environment it compiles its kernels first.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from statistics import median
@@ -18,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.vllm_on_cpu import rehearse
 
 rehearse(dtype="bfloat16")
-os.environ["VLLM_CPU_CI_ENV"] = "0"
 
 from benchmarks import step_time  # noqa: E402
 

@@ -12,7 +12,7 @@ import runpy
 import sys
 from importlib import metadata
 
-ENVIRONMENT = {
+ENVIRONMENT = {  # where it says nothing else
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GB; the default is a share of the machine's memory
     "VLLM_CPU_CI_ENV": "1",  # no compiled kernels: compiling takes longer than a tiny policy ever generates
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or two tests at a time would share the first core
@@ -23,7 +23,7 @@ ENVIRONMENT = {
 
 def rehearse(dtype: str = "float32") -> None:
     """Have vLLM generate on the CPU, for training in `dtype`; before anything of the recipe is imported."""
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | os.environ)
 
     import torch
     import vllm.model_executor.layers.utils as layers
@@ -47,7 +47,7 @@ def rehearse(dtype: str = "float32") -> None:
 def serve(words: list[str]) -> None:
     """`trl vllm-serve` in this process: `vllm serve` asks for the version of a package `vllm`, and this one has another
     name."""
-    os.environ.update(ENVIRONMENT, VLLM_SERVER_DEV_MODE="1")
+    os.environ.update(ENVIRONMENT | os.environ, VLLM_SERVER_DEV_MODE="1")
     version = metadata.version
     metadata.version = lambda name: f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
 
