@@ -307,5 +307,10 @@ def largest(tensors: list):
 
 
 def _check_weights(model, what: str) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():  # FSDP2 leaves the last layers whole after a forward pass without a backward pass
+        if isinstance(module, FSDPModule):
+            module.reshard()
     if not largest([p.detach() for p in model.parameters() if p.is_floating_point()]).isfinite():
         raise RunStopped(f"{what} holds weights that are infinite or not a number")

@@ -22,20 +22,20 @@ LAUNCH = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed
 LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0"]
 
 
-def launch(*words, **env) -> subprocess.Popen:
+def launch(*words, script: str = "train_grpo.py", how: list = LAUNCH) -> subprocess.Popen:
     """Start the recipe in two processes, which end with the launcher; stdout and stderr as one text."""
     return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, "train_grpo.py", *map(str, words)],
+        [sys.executable, "-m", "accelerate.commands.launch", *map(str, [*how, script, *words])],
         cwd=Path(__file__).parents[1],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def finished(*words, timeout: float = 300) -> tuple[int, str]:
-    process = launch(*words)
+def finished(*words, timeout: float = 300, **started) -> tuple[int, str]:
+    process = launch(*words, **started)
     try:
         out, _ = process.communicate(timeout=timeout)
     finally:
