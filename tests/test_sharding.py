@@ -45,12 +45,17 @@ def test_a_sharded_run_leaves_an_ordinary_policy(whole, policy, capsys):
 
 
 def test_a_sharded_run_resumes_to_the_same_weights(whole, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(whole[0], run, ignore=shutil.ignore_patterns("checkpoint-4", "model.safetensors"))
-    status, out = finished(*moved(whole, run), "--resume_from_checkpoint", "auto", **REHEARSED)
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    status, out = resumed_from_checkpoint_2(whole, run, REHEARSED)
     assert status == 0, out[-4000:]
     assert "resuming after step 2" in out
     assert identical(weights(run), weights(whole[0]))
+
+
+def resumed_from_checkpoint_2(whole, run: Path, how: dict) -> tuple[int, str]:
+    shutil.rmtree(run / "checkpoint-4")
+    (run / "model.safetensors").unlink()
+    return finished(*moved(whole, run), "--resume_from_checkpoint", "auto", **how)
 
 
 def moved(whole, run: Path) -> list[str]:
@@ -63,9 +68,7 @@ def test_checkpoints_in_shards_do_not_change_the_run_and_resume_to_the_same_weig
     assert status == 0, out[-4000:]
     assert len(list((run / "checkpoint-2" / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2, "one of each process"
     assert identical(weights(run), weights(whole[0]))
-    shutil.rmtree(run / "checkpoint-4")
-    (run / "model.safetensors").unlink()
-    status, out = finished(*moved(whole, run), "--resume_from_checkpoint", "auto", **how)
+    status, out = resumed_from_checkpoint_2(whole, run, how)
     assert status == 0, out[-4000:]
     assert "resuming after step 2" in out
     assert identical(weights(run), weights(whole[0]))
