@@ -99,9 +99,9 @@ def _read_hub(name: str, config: str | None, split: str) -> tuple[list[tuple[int
     )
     with loading("dataset", name, instead, DatasetsError):
         dataset = load_dataset(name, config, split=split)
-    sources = " ".join(dataset.info.download_checksums or {})  # hf://datasets/owner/name@COMMIT/file
-    revision = re.search(r"@([0-9a-f]{40})/", sources)
-    return list(enumerate(dataset, start=1)), revision and revision[1]
+    places = (Path(file["filename"]).parent.name for file in dataset.cache_files)  # .../CONFIG/VERSION/COMMIT/FILE
+    revision = next((name for name in places if re.fullmatch("[0-9a-f]{40}", name)), None)
+    return list(enumerate(dataset, start=1)), revision
 
 
 def _fault(row: object) -> str | None:

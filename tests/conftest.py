@@ -214,11 +214,13 @@ def copy(undisturbed, tmp_path) -> Path:
     return shutil.copytree(undisturbed, tmp_path / "run")
 
 
-def until(process: subprocess.Popen, text: str) -> None:
-    """Read a process's output up to a line with `text`."""
+def until(process: subprocess.Popen, text: str) -> str:
+    """Read a process's output up to a line with `text`; what has been read."""
+    seen = ""
     for line in process.stdout:
+        seen += line
         if text in line:
-            return
+            return seen
     raise AssertionError(f"{text!r} never came: {process.stderr.read()[-4000:]}")
 
 

@@ -55,19 +55,24 @@ def test_a_run_killed_in_mid_step_resumes_to_the_same_run(undisturbed, policy, d
 def test_one_command_for_ever_starts_restarts_and_ends_a_run(undisturbed, policy, data, tmp_path):
     """A supervisor's loop: the same line until it says that the run is complete, killed at random on the way."""
     words = [*flags(policy, data, tmp_path / "run", **LONG), "--resume_from_checkpoint", "auto"]
-    moments, rng, said = ["problems to train on", "resume  ", "step  2/24", "step "], random.Random(19), []
+    moments = [("problems to train on", 1), ("step  1/24", 0), ("step ", 1), ("step ", 1)]  # and up to so many seconds
+    rng, said = random.Random(19), []
     record = tmp_path / "run" / "run.json"
     while not said or "already complete" not in said[-1]:
         is_done = record.is_file() and json.loads(record.read_text())["outcome"] == "finished"
         process = launch("train_grpo.py", *words)
+        seen = ""
         if moments and not is_done:  # a fast machine is done before the last kill
-            until(process, moments.pop(0))
-            time.sleep(rng.random())
+            text, seconds = moments.pop(0)
+            seen = until(process, text)
+            time.sleep(seconds * rng.random())
             process.kill()
         out, errors = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), errors[-4000:]
-        said.append(out)
+        said.append(seen + out)
         assert len(said) < 8
+    assert "no run is there yet" in said[0]
+    assert "no checkpoint of GRPO yet, the run begins anew" in said[2]
     assert same_run(undisturbed, tmp_path / "run")
     assert json.loads(record.read_text())["outcome"] == "finished"
 
@@ -99,7 +104,7 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_go_on(number, status
 @pytest.mark.parametrize(
     ("script", "module"),
     [
-        *(("train_grpo.py", module) for module in ("numpy", "torch")),
+        *(("train_grpo.py", module) for module in ("numpy", "torch", "accelerate", "datasets")),
         *(("evaluate.py", module) for module in ("numpy", "transformers.utils.logging")),
     ],
 )
