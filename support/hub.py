@@ -33,18 +33,21 @@ def trouble(error: Exception, what: str, name: str, instead: str) -> str | None:
     """What the Hub answered, or how the way there failed, by the first error of a chain that says so: libraries wrap
     them in vaguer ones. None where none does."""
     import httpx
+    from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub import constants, errors
 
     hub, cause = constants.ENDPOINT, error
+    page = f"https://huggingface.co/{'datasets/' if what == 'dataset' else ''}{name}"
+    licence = f"Accept its licence on {page}, then `hf auth login` with a token of that account"
     while cause is not None:
+        if isinstance(cause, DatasetNotFoundError):  # datasets hides the Hub's answer, and tells the two by words
+            if "gated dataset" in str(cause):
+                return f"{hub} does not give it to everybody. {licence}"
+            return f"{hub} has none of this name, or a private one: `hf auth login`. {instead}"
         if isinstance(cause, errors.HfHubHTTPError) and not isinstance(cause, errors.EntryNotFoundError):
             status, phrase = cause.response.status_code, cause.response.reason_phrase
             if isinstance(cause, errors.GatedRepoError) or status == 403:
-                page = f"https://huggingface.co/{'datasets/' if what == 'dataset' else ''}{name}"
-                return (
-                    f"{hub} does not give it to everybody ({status}). Accept its licence on {page}, then `hf auth "
-                    "login` with a token of that account"
-                )
+                return f"{hub} does not give it to everybody ({status}). {licence}"
             if isinstance(cause, errors.RevisionNotFoundError):
                 return f"{hub} has it, but not in this revision"
             if isinstance(cause, errors.RepositoryNotFoundError):

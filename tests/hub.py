@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-FAULTS = ("gone", "gated", "forbidden", "broken", "silent", "cut")  # owners; "cut" breaks off in the large files
+FAULTS = ("gone", "gated", "forbidden", "broken", "cut")  # owners; "cut" breaks off in the large files
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -31,11 +31,7 @@ class Answer(BaseHTTPRequestHandler):
         kind = words.pop(0) if words[0] in ("datasets", "models") else "models"
         owner, name, what, *rest = [*words, "", "", ""][: max(3, len(words))]
         folder = self.server.repositories.get((kind, name))
-        self.server.asked.append(f"{self.command} {self.path}")
-        if owner == "silent":
-            self.server.closing.wait()
-            self.close_connection = True
-        elif owner == "broken":
+        if owner == "broken":
             self.refuse(500)
         elif owner == "gated":
             self.refuse(403, "GatedRepo")
@@ -115,13 +111,11 @@ def serving(**repositories: Path):
     """The address of a Hub that has these repositories, `models_NAME` or `datasets_NAME`, under every owner."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     server.repositories = {tuple(key.split("_", 1)): folder for key, folder in repositories.items()}
-    server.asked, server.closing = [], threading.Event()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield server, f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
-        server.closing.set()
         server.shutdown()
         thread.join()
         server.server_close()
