@@ -104,7 +104,6 @@ def faults_explained(settings, remedies: list[str] | None = None):
     """Turn what the machine or a file does to a run into one message that says what to change. `remedies` are those
     against a lack of memory, GRPO's where they are not given."""
     import torch
-    from requests import RequestException
     from safetensors import SafetensorError
 
     place = settings.output_dir
@@ -119,14 +118,12 @@ def faults_explained(settings, remedies: list[str] | None = None):
             "scheduler.pt or rng_state.pth. Such a file can run code when it is loaded: it was not loaded. Resume from "
             "a checkpoint that you trust"
         ) from error
-    except RequestException as error:  # an OSError, too
-        if settings.vllm_mode != "server":
-            raise
-        raise RunStopped(
-            f"vLLM's server does not answer any more ({error}). {kept(place)}. Start a new one, then go on with\n  "
-            f"{resume_command()}"
-        ) from error
     except (OSError, SafetensorError) as error:
+        if settings.vllm_mode == "server" and type(error).__module__ == "requests.exceptions":  # TRL's client's
+            raise RunStopped(
+                f"vLLM's server does not answer any more ({error}). {kept(place)}. Start a new one, then go on with\n  "
+                f"{resume_command()}"
+            ) from error
         if not re.search("No space left|Disk quota exceeded|File too large", str(error)):
             raise
         free = memory.gigabytes(shutil.disk_usage(place).free)

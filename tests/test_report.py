@@ -38,7 +38,7 @@ def test_a_finished_run_leaves_its_report_with_what_it_knows(trained):
     assert "a report in" in done.stdout
     card = ModelCard.load(run / "README.md")
     facts = json.loads((run / "run.json").read_text())
-    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["library_name"] == "transformers"
     assert card.data.pipeline_tag == "text-generation"
     assert (card.data.base_model, card.data.datasets) == (None, None), "a folder of this machine has no name on the Hub"
     for text in (
