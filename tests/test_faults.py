@@ -104,7 +104,7 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_go_on(number, status
 @pytest.mark.parametrize(
     ("script", "module"),
     [
-        *(("train_grpo.py", module) for module in ("numpy", "torch", "accelerate", "datasets")),
+        *(("train_grpo.py", module) for module in ("numpy", "torch")),
         *(("evaluate.py", module) for module in ("numpy", "transformers.utils.logging")),
     ],
 )
