@@ -182,7 +182,7 @@ def test_vllms_correction_is_cut_and_sorted_with_its_completions(mode, policy, d
     more = {"vllm_importance_sampling_mode": mode, "before": as_if_vllm}
     ours, mine, theirs, other = both(policy, data, tmp_path, **more)
     # the ratio's log-probabilities round at another width, and one ratio scales its whole sequence: 1.8e-6 was seen
-    assert apart(mine, other) <= 4e-6
+    assert apart(mine, other) <= (4e-6 if mode.startswith("sequence") else 1e-6)
     for trainer in (ours, theirs):
         assert trainer.state.log_history[0]["sampling/importance_sampling_ratio/max"] > 0
     for key, value in theirs.state.log_history[0].items():
