@@ -91,7 +91,7 @@ LORA_LEARNING_RATE_FACTOR = 10  # an adapter wants about ten times the full mode
 # ---- precision and speed
 # What costs nothing in quality is on; benchmarks/README.md has what each is worth on a CPU (a GPU is not measured yet).
 # TF32 is left alone: with bf16 compute no large product is in fp32.
-LEAN_STEP = True  # compute no padding and no completion of advantage 0: the same gradient; False: as TRL does it
+LEAN_STEP = True  # no padding, no completion of advantage 0, a prompt once: the same gradient; False: as TRL does it
 DTYPE = "float32"  # master weights: in bf16 most of a small update rounds away (benchmarks/precision.py)
 BF16 = True  # compute in bf16
 USE_VLLM = None  # None: vLLM in this process where it is installed and a GPU is there; True and False insist
@@ -127,8 +127,8 @@ def load_samples(settings: Settings, tokenizer) -> tuple[list[dict], str | None]
 
 
 def build_trainer(settings: Settings, tokenizer, samples: list[dict], held_out: list[dict], policy):
-    """TRL's GRPOTrainer with the five rewards; support/trainer.py cuts what teaches nothing from its step. `policy` is
-    a name, a folder, or a model with a LoRA adapter on it."""
+    """TRL's GRPOTrainer with the five rewards; support/lean_step.py cuts what teaches nothing from its step. `policy`
+    is a name, a folder, or a model with a LoRA adapter on it."""
     from datasets import Dataset
     from transformers import PrinterCallback, ProgressCallback
     from trl import get_peft_config, get_quantization_config

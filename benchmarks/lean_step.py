@@ -51,12 +51,15 @@ def drawn(args) -> list[tuple[list[dict], list[list[str]]]]:
 def computed(prompts: list[int], completions: list[list[int]], silent: int, count: int) -> tuple[int, int]:
     """Tokens of a step as TRL computes it and as the recipe does, of prompt lengths and completion lengths by group,
     in `count` passes."""
-    rows = [(prompt, length) for prompt, group in zip(prompts, completions, strict=True) for length in group]
+    rows = [(prompt, length) for prompt, group in zip(enumerate(prompts), completions, strict=True) for length in group]
     theirs = len(rows) * (max(prompts) + max(length for _, length in rows))
     teaching = sorted(rows[silent * SIZE :] or rows[:count], key=lambda row: row[1])
     bounds = [round(i * len(teaching) / count) for i in range(count + 1)]
-    passes = [teaching[first:last] for first, last in pairwise(bounds)]
-    ours = sum(len(rows) * (max(p for p, _ in rows) + max(c for _, c in rows)) for rows in passes)
+    ours = 0
+    for first, last in pairwise(bounds):
+        alone, each = {prompt for prompt, _ in teaching[first:last]}, [length for _, length in teaching[first:last]]
+        # a prompt's last token goes with each of its completions
+        ours += len(alone) * (max(length for _, length in alone) - 1) + len(each) * (max(each) + 1)
     return theirs, ours
 
 
