@@ -16,6 +16,7 @@ import torch
 import trl
 from peft import PeftModel
 from transformers import DynamicCache
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 SUMS = ("dapo", "cispo", "vespo")  # losses that are a sum over all tokens of a generation, by one normalizer
 
@@ -36,9 +37,10 @@ class LeanGRPOTrainer(trl.GRPOTrainer):
         policy = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         kinds = getattr(policy.config.get_text_config(), "layer_types", None) or ["full_attention"]
         keeps_all = set(kinds) == {"full_attention"} and not policy._is_stateful and policy._supports_logits_to_keep()
-        # a layer that is computed again for its gradient knows no keys and values
-        recomputes = args.gradient_checkpointing
-        self.shares = args.lean_step and keeps_all and not recomputes and not self.aux_loss_enabled
+        # a layer that is computed again for its gradient knows no keys and values, and ZeRO-3 has let go of the weights
+        # before their second gradient of a pass
+        twice = not args.gradient_checkpointing and not is_deepspeed_zero3_enabled()
+        self.shares = args.lean_step and keeps_all and twice and not self.aux_loss_enabled
 
     def update_in_words(self) -> str:
         """How a step's passes differ from TRL's, for the plan."""

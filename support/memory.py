@@ -99,12 +99,12 @@ def settle(settings) -> None:
     """
     if settings.demo:  # its policy is not there yet, and fits
         return
-    batch = settings.per_device_train_batch_size
-    with loading("model", settings.model_name_or_path, ELSEWHERE):
-        model = shape(settings)
     if processes.is_sharded():  # needs less than is computed here, by how much depends on the sharding
         settings.gradient_checkpointing = settings.gradient_checkpointing is not False
         return
+    batch = settings.per_device_train_batch_size
+    with loading("model", settings.model_name_or_path, ELSEWHERE):
+        model = shape(settings)
     total = min(processes.gathered(device_memory(settings.device)))
     fit(model, settings, total)
     if settings.per_device_train_batch_size < batch:

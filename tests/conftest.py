@@ -178,6 +178,11 @@ def weights(folder: Path) -> dict:
     return load_file(folder / "model.safetensors")
 
 
+def distance(first: dict, second: dict) -> float:
+    """Of two states' weights, as one vector."""
+    return sum((first[name] - second[name]).square().sum().item() for name in first) ** 0.5
+
+
 def identical(first: dict, second: dict) -> bool:
     import torch
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from conftest import flags, identical, start, weights
+from conftest import distance, flags, identical, start, weights
 from test_processes import finished, launch, log, read_until
 
 import evaluate
@@ -107,10 +107,6 @@ def test_a_sharded_cold_start_goes_on_to_grpo_and_saves_right_after_measuring(po
     assert done.returncode == 0, done.stderr[-4000:]
     before, sharded, one = (weights(path) for path in (policy, run / "cold-start", tmp_path / "one" / "cold-start"))
     assert distance(sharded, one) <= 1e-4 * distance(before, one), "two steps of AdamW, but for rounding"
-
-
-def distance(first: dict, second: dict) -> float:
-    return sum((first[name] - second[name]).square().sum().item() for name in first) ** 0.5
 
 
 def test_an_adapter_is_trained_on_a_sharded_policy(policy, data, tmp_path, capsys):

@@ -1,0 +1,27 @@
+"""train_grpo.py with DeepSpeed's ZeRO on a CPU: `accelerate launch --config_file zero3.yaml tests/deepspeed_on_cpu.py
+FLAGS`, without --use_cpu, at which accelerate would leave DeepSpeed out.
+
+accelerate knows no backend for a machine without an accelerator, and the recipe takes a run without --use_cpu for one
+on a GPU. Here both are told otherwise; the sharding is DeepSpeed's own, over gloo.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # of ninja: DeepSpeed compiles a part of itself
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train_grpo
+from support import preflight
+
+PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_CPU)
+preflight._hardware = lambda flags: []
+
+if __name__ == "__main__":
+    train_grpo.main()
