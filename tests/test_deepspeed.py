@@ -17,6 +17,7 @@ from support.checkpoints import newest_whole
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.deepspeed,
+    pytest.mark.xdist_group("deepspeed"),  # it compiles a part of itself, into one folder
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
 ]
 CONFIGS = Path(trl.__file__).parent / "accelerate_configs"
