@@ -237,6 +237,18 @@ def test_the_plan_says_what_is_left_out(changes, words, policy, data, tmp_path):
     assert line.endswith(words)
 
 
+def test_a_policy_with_another_kind_of_attention_computes_each_prompt(policy, data, tmp_path):
+    """A sliding window keeps other keys than those of a whole prompt."""
+    sliding = shutil.copytree(policy, tmp_path / "policy")
+    config = json.loads((sliding / "config.json").read_text())
+    kinds = ["full_attention"] * (config["num_hidden_layers"] - 1) + ["sliding_attention"]
+    changes = {"layer_types": kinds, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    (sliding / "config.json").write_text(json.dumps({**config, **changes}))
+    ours, mine, _, other = both(sliding, data, tmp_path, paid=ONE_SILENT_GROUP)
+    assert ours.update_in_words() == f"{TRIMS}, {ORDERS}, {DROPS}"
+    assert apart(mine, other) <= 1e-6
+
+
 def test_what_is_logged_is_that_of_all_completions(policy, data, tmp_path):
     """Rewards, lengths and the share without signal do not know what was left out."""
     ours, _, theirs, _ = both(policy, data, tmp_path, paid=ONE_SILENT_GROUP)
