@@ -39,8 +39,8 @@ class LeanGRPOTrainer(trl.GRPOTrainer):
         keeps_all = set(kinds) == {"full_attention"} and not policy._is_stateful and policy._supports_logits_to_keep()
         # a layer that is computed again for its gradient knows no keys and values, and ZeRO-3 has let go of the weights
         # before their second gradient of a pass
-        twice = not args.gradient_checkpointing and not is_deepspeed_zero3_enabled()
-        self.shares = args.lean_step and keeps_all and twice and not self.aux_loss_enabled
+        reusable = not args.gradient_checkpointing and not is_deepspeed_zero3_enabled()
+        self.shares = args.lean_step and keeps_all and reusable and not self.aux_loss_enabled
 
     def update_in_words(self) -> str:
         """How a step's passes differ from TRL's, for the plan."""

@@ -130,12 +130,10 @@ def test_a_hub_that_fails_is_one_message(part, owner, told):
 
 @pytest.mark.parametrize("part", ["model", "dataset"])
 def test_a_hub_that_never_answers_is_asked_once(part, policy, data, tmp_path):
-    names = (
-        {"model": "silent/tiny", "dataset": str(data)} if part == "model" else {"model": policy, "dataset": "a/sums"}
-    )
+    model, problems = ("silent/tiny", data) if part == "model" else (policy, "silent/sums")
     unanswered = []
     with serving(unanswered) as address:
-        words = flags(names["model"], names["dataset"], tmp_path / "run", dataset_config="default")
+        words = flags(model, problems, tmp_path / "run", dataset_config="default")
         done = start("train_grpo.py", *words, **environment(address, tmp_path / "home"))
     assert done.returncode in (1, 2), done.stderr[-4000:]
     assert f"{address} does not answer in time" in done.stderr
