@@ -18,6 +18,8 @@ def end_at_once() -> None:
 
     A process of several gets SIGTERM when its launcher ends, even by `kill -9`: none trains on alone, unseen."""
     signal.signal(signal.SIGINT, _end)
+    if processes.count() > 1:
+        processes.end_before_python_does()
     if processes.count() > 1 and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

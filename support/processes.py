@@ -1,6 +1,7 @@
 """Several processes of one run, as `accelerate launch` starts them: who speaks, what one reads for all, what they agree
 on. With one process all of it does nothing."""
 
+import atexit
 import os
 import re
 import sys
@@ -73,12 +74,24 @@ def wait() -> None:
 
 
 def part() -> None:
-    """Leave together: the main process may still be saving, and one that ends with connections open can abort."""
+    """Leave together, with nothing left to do: the main process may still be saving, and one that ends with connections
+    open can abort."""
+    global _has_parted
     if count() > 1:
         from accelerate import PartialState
 
         wait()
         PartialState().destroy_process_group()
+        _has_parted = True
+
+
+_has_parted = False
+
+
+def end_before_python_does() -> None:
+    """Have a process that has parted end behind all other exit handlers. Python would take itself apart next, while
+    gloo's threads may still hold its tensors: the process then aborts, with all of it saved (PyTorch #179291)."""
+    atexit.register(lambda: _has_parted and (sys.stdout.flush(), os._exit(0)))  # the first registered comes last
 
 
 def is_of_a_peer(error: Exception) -> bool:

@@ -146,6 +146,22 @@ def test_two_processes_resume_to_the_same_weights(two, policy, data, tmp_path):
     assert identical(weights(run), weights(two[0]))
 
 
+def test_a_finished_run_ends_before_python_takes_itself_apart(two, policy, data, tmp_path, monkeypatch):
+    """Gloo's threads may still hold tensors then, which aborts a process now and then; here one always does."""
+    run, script = tmp_path / "run", tmp_path / "aborts_late.py"
+    shutil.copytree(two[0], run)
+    script.write_text(
+        "import os, runpy, sys\n"
+        "class Late:\n"
+        "    def __del__(self, abort=os.abort): abort()\n"
+        "sys.late = Late()\n"
+        "runpy.run_path('train_grpo.py', run_name='__main__')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    status, out = finished(*flags(policy, data, run, resume_from_checkpoint="auto"), script=script)
+    assert status == 0, out[-4000:]
+
+
 def test_one_process_goes_on_with_what_two_have_saved_and_says_what_differs(two, policy, data, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(two[0], run, ignore=shutil.ignore_patterns("checkpoint-4"))
