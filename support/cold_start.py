@@ -27,6 +27,7 @@ from support.evaluation import score
 from support.faults import faults_explained, protected
 from support.generation import complete, load_policy
 from support.memory import LARGE_REMEDIES
+from support.progress import Pace
 from support.record import printable, write_whole
 from support.resuming import differences
 
@@ -227,6 +228,7 @@ def build_trainer(settings, folder: Path, examples: list[dict], tokenizer):
     size = max(n for n in range(1, share + 1) if share % n == 0 and n <= settings.per_device_train_batch_size)
     disable_progress_bars()  # four of them for a second's work
     same = ("model_init_kwargs", "trust_remote_code", "gradient_checkpointing", "bf16", "fp16", "use_cpu", "seed")
+    same += ("save_strategy", "save_steps")
     args = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=settings.cold_start_epochs,
@@ -237,7 +239,6 @@ def build_trainer(settings, folder: Path, examples: list[dict], tokenizer):
         warmup_steps=0.1,
         completion_only_loss=True,
         max_length=None,  # prompts are limited already; a solution that is cut would teach to stop in the middle
-        save_strategy="epoch",
         save_total_limit=1,
         logging_steps=5,
         logging_nan_inf_filter=False,
@@ -264,10 +265,14 @@ def _teach(settings, folder: Path, examples: list[dict], tokenizer, run) -> None
     from transformers import TrainerCallback
 
     class Lines(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.pace = Pace(state)
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "loss" in logs:
                 done, accuracy = f"{state.global_step}/{state.max_steps}", logs["mean_token_accuracy"]
-                print(f"cold start {done}  loss {logs['loss']:.3f}  token accuracy {accuracy:.1%}", flush=True)
+                line = f"cold start {done}  loss {logs['loss']:.3f}  token accuracy {accuracy:.1%}"
+                print(f"{line}  {self.pace.left(state)}", flush=True)
 
     print(f"cold start: {len(examples):,} examples, source {settings.cold_start_source!r}. The first:")
     print(printable(_text(examples[0])))

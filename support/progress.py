@@ -1,6 +1,7 @@
 """What a run prints: the plan, a line a step, samples, remarks at the end."""
 
 import math
+import time
 from statistics import mean
 
 from transformers import ProgressCallback
@@ -131,9 +132,21 @@ def held_out_line(step: int, max_steps: int, logs: dict) -> str:
     )
 
 
-def sample_text(step: int, logs: dict) -> str:
+class Pace:
+    """How long a stage still takes, judged by the steps of this start."""
+
+    def __init__(self, state):
+        self.began, self.step = time.monotonic(), state.global_step
+
+    def left(self, state) -> str:
+        done, to_do = state.global_step - self.step, state.max_steps - state.global_step
+        minutes = math.ceil((time.monotonic() - self.began) / done * to_do / 60)
+        return f"about {minutes // 60} h {minutes % 60} min left" if minutes >= 60 else f"about {minutes} min left"
+
+
+def sample_text(step: int, logs: dict, left: str) -> str:
     """The first completion of a generation, as TRL keeps it for its tables, with what it earned. A reward that paid
-    None is left out; gold is what correctness_reward_func logs."""
+    None is left out; gold is what correctness_reward_func logs. `left`: what the run still takes."""
     paid = {name: values[0] for name, values in logs["rewards"].items() if not math.isnan(values[0])}
     rewards = "  ".join(f"{name.removesuffix('_reward_func')} {score:.3g}" for name, score in paid.items())
     response = completion_text(logs["completion"][0])
@@ -142,7 +155,7 @@ def sample_text(step: int, logs: dict) -> str:
         f"question:  {logs['prompt'][0][-1]['content']}\n{gold}response:\n{response}\n"
         f"extracted: {extract_xml_answer(response)[:200]}\nrewards:   {rewards}  = {sum(paid.values()):.3g}"
     )
-    return f"---- sample after step {step} ----\n{printable(body)}\n----"
+    return f"---- sample after step {step}, {left} ----\n{printable(body)}\n----"
 
 
 def closing_remark(log: list[dict]) -> str | None:
@@ -190,6 +203,7 @@ class Progress(ProgressCallback):
             off = args.disable_tqdm or None  # None: a bar on a terminal only, not in a log file
             self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=off)
         self.current_step = 0
+        self.pace = Pace(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
@@ -208,7 +222,7 @@ class Progress(ProgressCallback):
         every = self.settings.sample_every
         if state.is_world_process_zero and every and state.global_step % every == 0:
             # TRL keeps the last generation here for its own tables; it has no public way to read it
-            self.training_bar.write(sample_text(state.global_step, self.trainer._logs))
+            self.training_bar.write(sample_text(state.global_step, self.trainer._logs, self.pace.left(state)))
 
     def on_train_end(self, args, state, control, **kwargs):
         super().on_train_end(args, state, control, **kwargs)

@@ -115,7 +115,7 @@ def test_problems_that_were_shown_are_not_trained_on_again(cold_started, tmp_pat
 def test_a_run_in_its_cold_start_resumes_to_the_same_run(cold_started, policy, data, tmp_path):
     """Killed in the middle of the stage, then stopped by a signal in it, then killed after it."""
     whole, _ = cold_started
-    words = flags(policy, data, tmp_path / "run", **STAGE)
+    words = flags(policy, data, tmp_path / "run", **{**STAGE, "save_steps": 10})
     again = ["--resume_from_checkpoint", "auto"]
     happens = [("cold start 20/", signal.SIGKILL, -9), ("cold start 50/", signal.SIGTERM, 143)]
     happens += [("the other 8 are left for GRPO", signal.SIGKILL, -9)]
@@ -127,6 +127,9 @@ def test_a_run_in_its_cold_start_resumes_to_the_same_run(cold_started, policy, d
         process.send_signal(number)
         _, errors = process.communicate()
         assert process.returncode == status, errors[-4000:]
+        if not attempt:
+            (kept,) = (tmp_path / "run" / "cold-start").glob("checkpoint-*")
+            assert kept.name in ("checkpoint-10", "checkpoint-20"), "SAVE_STEPS holds for this stage too"
     assert not (tmp_path / "run" / "model.safetensors").exists()
     done = start("train_grpo.py", *words, *again)
     assert done.returncode == 0, done.stderr[-4000:]

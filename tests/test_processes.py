@@ -86,7 +86,7 @@ def test_one_process_speaks_and_writes_for_both(two):
     assert out.count("  policy  ") == 1, "one plan"
     assert "2 processes, on cpu" in out
     assert len(re.findall(r"^step \d/4 ", out, re.MULTILINE)) == 4, "one line a step"
-    assert out.count("---- sample after step 2 ----") == 1
+    assert out.count("---- sample after step 2, about ") == 1
     assert out.count("held out at step 4/4") == 1
     assert out.count("32 problems to train on") == 1
     assert out.count("saved: the trained policy") == 1

@@ -56,7 +56,9 @@ def test_a_run_prints_one_readable_line_a_step(trained):
 
 
 def test_a_run_prints_a_whole_sample_every_so_many_steps(trained):
-    samples = re.findall(r"---- sample after step (\d+) ----\n(.*?)\n----", trained[1].stdout, re.DOTALL)
+    samples = re.findall(
+        r"---- sample after step (\d+), about \d min left ----\n(.*?)\n----", trained[1].stdout, re.DOTALL
+    )
     assert [int(step) for step, _ in samples] == [2, 4]
     for _, text in samples:
         for part in ("question:  Otto has", "gold:      ", "response:\n", "extracted: ", "correctness "):
