@@ -46,8 +46,8 @@ def rehearse(dtype: str = "float32") -> None:
 
 
 def rehearse_fast() -> None:
-    """`rehearse` in bf16, evaluation included, with what makes vLLM twice as fast here: linear weights stay repacked, and
-    are so again at every sync; blocks of 32 tokens, of which a group shares its prompt's: few fill one of 128."""
+    """`rehearse` in bf16, evaluation included, with what makes vLLM twice as fast here: linear weights stay repacked,
+    and are so again after every sync; a group shares its prompt in blocks of 32 tokens: few fill one of 128."""
     os.environ.update(ENVIRONMENT | os.environ)
     import vllm.model_executor.layers.utils as layers
 
