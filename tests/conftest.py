@@ -226,7 +226,8 @@ def until(process: subprocess.Popen, text: str) -> str:
         seen += line
         if text in line:
             return seen
-    raise AssertionError(f"{text!r} never came: {process.stderr.read()[-4000:]}")
+    errors = process.stderr.read() if process.stderr else ""  # else they are in the output
+    raise AssertionError(f"ended without {text!r}:\n{(seen + errors)[-4000:]}")
 
 
 def same_run(first: Path, second: Path, steps: int = 24) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import trl
-from conftest import distance, flags, identical, weights
-from test_processes import finished, launch, log, read_until
+from conftest import distance, flags, identical, until, weights
+from test_processes import finished, launch, log
 
 import evaluate
 from support.checkpoints import newest_whole
@@ -62,7 +62,7 @@ def test_zero_stops_at_sigterm_and_goes_on_to_the_same_weights(whole, policy, da
     again = [*words(policy, data, tmp_path / "run", use_cpu=None), "--resume_from_checkpoint", "auto"]
     process = launch(*again, **rehearsed(stage))
     try:
-        out = read_until(process, "step 1/4")
+        out = until(process, "step 1/4")
         process.send_signal(signal.SIGTERM)
         out += process.communicate(timeout=120)[0]
     finally:

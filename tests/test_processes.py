@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import flags, identical, start, weights
+from conftest import flags, identical, start, until, weights
 
 import train_grpo
 from rewards import REWARD_FUNCS
@@ -41,15 +41,6 @@ def finished(*words, timeout: float = 300, **started) -> tuple[int, str]:
     finally:
         process.terminate()
     return process.returncode, out
-
-
-def read_until(process: subprocess.Popen, text: str) -> str:
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if text in line:
-            return seen
-    raise AssertionError(f"ended without {text!r}:\n{seen}")
 
 
 def steps(run: Path) -> list[pd.DataFrame]:
@@ -191,7 +182,7 @@ LONG = {"max_steps": "400", "save_steps": "4", "eval_steps": "0", "sample_every"
 def test_sigterm_to_the_launcher_saves_and_ends_every_process(policy, data, tmp_path):
     run = tmp_path / "run"
     process = launch(*flags(policy, data, run, **LONG))
-    out = read_until(process, "step   2/400")
+    out = until(process, "step   2/400")
     process.send_signal(signal.SIGTERM)
     out += process.communicate(timeout=60)[0]
     assert process.returncode != 0
@@ -208,7 +199,7 @@ def test_a_process_that_dies_ends_the_run_with_a_whole_checkpoint(policy, data, 
 
     run = tmp_path / "run"
     process = launch(*flags(policy, data, run, **LONG))
-    out = read_until(process, "step  12/400")
+    out = until(process, "step  12/400")
     teaching = [[(half["advantage"] != 0).sum() for half in (table[:4], table[4:])] for table in steps(run)]
     assert any(first != second for first, second in teaching), "of which TRL gathers a number a row in every process"
     children = psutil.Process(process.pid).children(recursive=True)

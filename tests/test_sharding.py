@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import trl
-from conftest import distance, flags, identical, start, weights
-from test_processes import finished, launch, log, read_until
+from conftest import distance, flags, identical, start, until, weights
+from test_processes import finished, launch, log
 
 import evaluate
 from support.checkpoints import flaw, newest_whole
@@ -123,7 +123,7 @@ def test_an_adapter_is_trained_on_a_sharded_policy(policy, data, tmp_path, capsy
 def test_sigterm_saves_a_sharded_policy(policy, data, tmp_path):
     run = tmp_path / "run"
     process = launch(*flags(policy, data, run, **LONG), **REHEARSED)
-    out = read_until(process, "step   1/400")
+    out = until(process, "step   1/400")
     process.send_signal(signal.SIGTERM)
     out += process.communicate(timeout=120)[0]
     assert process.returncode != 0
@@ -138,7 +138,7 @@ def test_a_process_that_dies_ends_a_sharded_run_with_a_whole_checkpoint(policy, 
 
     run = tmp_path / "run"
     process = launch(*flags(policy, data, run, **LONG), **REHEARSED)
-    out = read_until(process, "step   3/400")
+    out = until(process, "step   3/400")
     children = psutil.Process(process.pid).children(recursive=True)
     next(child for child in children if child.environ().get("RANK") == "1").kill()
     out += process.communicate(timeout=120)[0]
