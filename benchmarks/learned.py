@@ -1,4 +1,5 @@
-"""What a run's own samples say of its learning: the share that is right in each 25 steps, with its interval.
+"""What a run's own samples say of its learning: the share that is right in each 25 steps with its interval, and whether
+the sums that they write hold.
 
     python benchmarks/learned.py outputs/RUN
 
@@ -8,10 +9,17 @@ interval is Student's 95% one over its steps, and the trend's p-value is Spearma
 
 import argparse
 import json
+import re
+import sys
 from pathlib import Path
 from statistics import mean
 
+import pandas
 from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rewards import completion_text
 
 STEPS = 25  # a row
 COLUMNS = {  # of the log, and what a mean of it is multiplied by
@@ -27,21 +35,51 @@ COLUMNS = {  # of the log, and what a mean of it is multiplied by
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="its folder, or a checkpoint's")
-    log = json.loads((parser.parse_args().run / "trainer_state.json").read_text())["log_history"]
+    parser.add_argument("run", type=Path, help="its folder")
+    run = parser.parse_args().run
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     steps = [row for row in log if "reward" in row]
     right = [row["correct_rate"] for row in steps]
 
-    print("| steps | right (95%) | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
+    samples = _samples(run)
+
+    names = ["steps", "right (95%)", "sums that hold", "answers a group", *COLUMNS]
+    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for first in range(0, len(steps), STEPS):
         rows, shares = steps[first : first + STEPS], right[first : first + STEPS]
         low, high = stats.t.interval(0.95, len(shares) - 1, mean(shares), stats.sem(shares))
-        cells = [_cell(name, factor * mean(row[key] for row in rows)) for name, (key, factor) in COLUMNS.items()]
+        seen = samples[samples["step"].between(rows[0]["step"], rows[-1]["step"])]
+        sums = [holds for text in seen["text"] for holds in sums_hold(text)]
+        answers = seen.groupby(["step", "question"])["extracted"].nunique()  # different ones
+        cells = [f"{mean(sums or [0]):.0%}", f"{answers.mean():.1f}"]
+        cells += [_cell(name, factor * mean(row[key] for row in rows)) for name, (key, factor) in COLUMNS.items()]
         span = f"{rows[0]['step']}-{rows[-1]['step']}"
         print(f"| {span} | {mean(shares):.1%} ({low:.1%}-{high:.1%}) | " + " | ".join(cells) + " |")
     trend = stats.spearmanr([row["step"] for row in steps], right)
     hours = sum(row["step_time"] for row in steps) / 3600
     print(f"\ntrend of what is right: rho {trend.statistic:.2f}, p = {trend.pvalue:.2g}; {hours:.1f} hours of steps")
+
+
+def _samples(run: Path) -> pandas.DataFrame:
+    """Every completion that was logged, with its question and its text."""
+    samples = pandas.concat(map(pandas.read_parquet, sorted((run / "completions").glob("*.parquet"))))
+    samples["question"] = samples["prompt"].map(lambda messages: messages[-1]["content"])
+    samples["text"] = samples["completion"].map(completion_text)
+    return samples
+
+
+def sums_hold(text: str) -> list[bool]:
+    """Whether each `a + b = c` in a text is so, for the four operations on two plain numbers."""
+    number = r"\$?(\d+(?:\.\d+)?)"
+    pattern = rf"(?<![\d.*/x+\-]){number}\s*([-+*x/])\s*{number}\s*=\s*{number}(?![\d.]|\s*[-+*x/])"
+    found = []
+    for first, sign, second, result in re.findall(pattern, text.replace(",", "")):
+        a, b, c = float(first), float(second), float(result)
+        if sign == "/":
+            found.append(b != 0 and abs(a / b - c) < 0.01)
+        else:
+            found.append(abs({"+": a + b, "-": a - b, "*": a * b, "x": a * b}[sign] - c) < 0.01)
+    return found
 
 
 def _cell(name: str, value: float) -> str:

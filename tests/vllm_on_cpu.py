@@ -53,16 +53,17 @@ def rehearse_fast() -> None:
 
     repack = layers.dispatch_cpu_unquantized_gemm
     rehearse("bfloat16")
-    from trl.generation import vllm_generation
-    from vllm import LLM
-
-    from support import generation
-
     repacked = []  # layers
 
     def dispatch(layer, remove_weight):
         repacked.append(layer)
         repack(layer, False)
+
+    layers.dispatch_cpu_unquantized_gemm = dispatch
+    from trl.generation import vllm_generation
+    from vllm import LLM
+
+    from support import generation
 
     class SyncedLLM(LLM):
         def reset_prefix_cache(self, *args, **kwargs):  # TRL's last word of a sync
@@ -70,7 +71,6 @@ def rehearse_fast() -> None:
                 repack(layer, False)
             return super().reset_prefix_cache(*args, **kwargs)
 
-    layers.dispatch_cpu_unquantized_gemm = dispatch
     vllm_generation.LLM = functools.partial(SyncedLLM, dtype="bfloat16", block_size=32)
     generation.DTYPES["cpu"] = "bfloat16"
 
