@@ -2,6 +2,7 @@
 the sums that they write hold.
 
     python benchmarks/learned.py outputs/RUN
+    python benchmarks/learned.py outputs/RUN outputs/RUN/evaluation.jsonl     # the sums of greedy answers as well
 
 A step's share is that of its 64 completions; as those of a group resemble each other, the unit is the step: a row's
 interval is Student's 95% one over its steps, and the trend's p-value is Spearman's, of share against step.
@@ -24,7 +25,6 @@ from rewards import completion_text
 STEPS = 25  # a row
 COLUMNS = {  # of the log, and what a mean of it is multiplied by
     "in format": ("rewards/strict_format_reward_func/mean", 2),
-    "an integer": ("rewards/int_reward_func/mean", 2),
     "tokens": ("completions/mean_length", 1),
     "cut off": ("completions/clipped_ratio", 1),
     "groups without signal": ("frac_reward_zero_std", 1),
@@ -36,28 +36,36 @@ COLUMNS = {  # of the log, and what a mean of it is multiplied by
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="its folder")
-    run = parser.parse_args().run
+    parser.add_argument("evaluations", type=Path, nargs="*", help="evaluation.jsonl of evaluate.py")
+    args = parser.parse_args()
+    run = args.run
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     steps = [row for row in log if "reward" in row]
     right = [row["correct_rate"] for row in steps]
 
     samples = _samples(run)
 
-    names = ["steps", "right (95%)", "sums that hold", "answers a group", *COLUMNS]
+    names = ["steps", "right (95%)", "sums that hold", "in right ones", "answers a group", *COLUMNS]
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for first in range(0, len(steps), STEPS):
         rows, shares = steps[first : first + STEPS], right[first : first + STEPS]
         low, high = stats.t.interval(0.95, len(shares) - 1, mean(shares), stats.sem(shares))
         seen = samples[samples["step"].between(rows[0]["step"], rows[-1]["step"])]
-        sums = [holds for text in seen["text"] for holds in sums_hold(text)]
+        rewarded = seen[seen["correctness_reward_func"] > 0]
         answers = seen.groupby(["step", "question"])["extracted"].nunique()  # different ones
-        cells = [f"{mean(sums or [0]):.0%}", f"{answers.mean():.1f}"]
+        cells = [_share_that_holds(seen["text"]), _share_that_holds(rewarded["text"]), f"{answers.mean():.1f}"]
         cells += [_cell(name, factor * mean(row[key] for row in rows)) for name, (key, factor) in COLUMNS.items()]
         span = f"{rows[0]['step']}-{rows[-1]['step']}"
         print(f"| {span} | {mean(shares):.1%} ({low:.1%}-{high:.1%}) | " + " | ".join(cells) + " |")
     trend = stats.spearmanr([row["step"] for row in steps], right)
+    in_group = samples.groupby(["step", "question"])["correctness_reward_func"].agg(lambda paid: (paid > 0).sum())
+    never, once = (in_group == 0).sum(), (in_group == 1).sum()
     hours = sum(row["step_time"] for row in steps) / 3600
     print(f"\ntrend of what is right: rho {trend.statistic:.2f}, p = {trend.pvalue:.2g}; {hours:.1f} hours of steps")
+    print(f"{len(in_group):,} groups, {never} of them without a right completion, {once} with one")
+    for path in args.evaluations:
+        answers = [json.loads(line)["completion"] for line in path.read_text(encoding="utf-8").splitlines()]
+        print(f"{path}: {_share_that_holds(answers)} of the sums hold in {len(answers):,} answers")
 
 
 def _samples(run: Path) -> pandas.DataFrame:
@@ -80,6 +88,11 @@ def sums_hold(text: str) -> list[bool]:
         else:
             found.append(abs({"+": a + b, "-": a - b, "*": a * b, "x": a * b}[sign] - c) < 0.01)
     return found
+
+
+def _share_that_holds(texts) -> str:
+    found = [holds for text in texts for holds in sums_hold(text)]
+    return f"{mean(found):.0%} of {len(found):,}" if found else "none"
 
 
 def _cell(name: str, value: float) -> str:

@@ -228,7 +228,7 @@ def build_trainer(settings, folder: Path, examples: list[dict], tokenizer):
     size = max(n for n in range(1, share + 1) if share % n == 0 and n <= settings.per_device_train_batch_size)
     disable_progress_bars()  # four of them for a second's work
     same = ("model_init_kwargs", "trust_remote_code", "gradient_checkpointing", "bf16", "fp16", "use_cpu", "seed")
-    same += ("save_strategy", "save_steps")
+    same = (*same, "save_strategy", "save_steps")
     args = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=settings.cold_start_epochs,

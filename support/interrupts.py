@@ -19,10 +19,10 @@ def end_at_once() -> None:
     A process of several gets SIGTERM when its launcher ends, even by `kill -9`: none trains on alone, unseen."""
     signal.signal(signal.SIGINT, _end)
     if processes.count() > 1:
-        processes.end_before_python_does()
-    if processes.count() > 1 and sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        processes.end_before_python_does()  # the first of all exit handlers, so that it comes last
+        if sys.platform == "linux":
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def raise_again() -> None:

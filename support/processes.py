@@ -73,6 +73,9 @@ def wait() -> None:
     gathered(None)
 
 
+_has_parted = False
+
+
 def part() -> None:
     """Leave together, with nothing left to do: the main process may still be saving, and one that ends with connections
     open can abort."""
@@ -85,13 +88,17 @@ def part() -> None:
         _has_parted = True
 
 
-_has_parted = False
-
-
 def end_before_python_does() -> None:
-    """Have a process that has parted end behind all other exit handlers. Python would take itself apart next, while
-    gloo's threads may still hold its tensors: the process then aborts, with all of it saved (PyTorch #179291)."""
-    atexit.register(lambda: _has_parted and (sys.stdout.flush(), os._exit(0)))  # the first registered comes last
+    """Have a process that has parted end behind all exit handlers that are registered after this. Python would take
+    itself apart next, while gloo's threads may still hold its tensors: it then aborts, with all of it saved (PyTorch
+    #179291)."""
+    atexit.register(_end)
+
+
+def _end() -> None:
+    if _has_parted:
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def is_of_a_peer(error: Exception) -> bool:

@@ -46,7 +46,7 @@ def rehearse(dtype: str = "float32") -> None:
 
 
 def rehearse_fast() -> None:
-    """`rehearse` in bf16, evaluation included, with what makes vLLM twice as fast here: linear weights stay repacked,
+    """`rehearse` in bf16, evaluation included, with what makes vLLM faster here: linear weights stay repacked,
     and are so again after every sync; a group shares its prompt in blocks of 32 tokens: few fill one of 128."""
     os.environ.update(ENVIRONMENT | os.environ)
     import vllm.model_executor.layers.utils as layers
