@@ -15,7 +15,7 @@ import json
 import random
 from pathlib import Path
 
-import pandas
+from learned import samples
 
 MAX_STEPS, MAX_CHARACTERS, HELD_OUT, SEED = 2, 500, 200, 42
 
@@ -35,20 +35,13 @@ def main():
     random.Random(SEED).shuffle(easy)
     held_out, train = easy[:HELD_OUT], easy[HELD_OUT:]
     if args.solved:
-        solved = _solved(args.solved)
+        seen = samples(args.solved)
+        solved = set(seen[seen["correctness_reward_func"] > 0]["question"].str.strip())
         train = [line for line in train if json.loads(line)["question"].strip() in solved]
     args.out.mkdir(parents=True, exist_ok=True)
     for name, part in (("test", held_out), ("train", train)):
         (args.out / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
-    print(
-        f"{len(lines):,} problems, {len(easy):,} of them easy, {HELD_OUT} of these held out, {len(train):,} to train on"
-    )
-
-
-def _solved(run: Path) -> set[str]:
-    samples = pandas.concat(map(pandas.read_parquet, sorted((run / "completions").glob("*.parquet"))))
-    right = samples[samples["correctness_reward_func"] > 0]
-    return {messages[-1]["content"].strip() for messages in right["prompt"]}
+    print(f"{len(lines):,} problems, {len(easy):,} easy; {HELD_OUT} held out, {len(train):,} to train on")
 
 
 if __name__ == "__main__":

@@ -42,33 +42,44 @@ def main():
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     steps = [row for row in log if "reward" in row]
     right = [row["correct_rate"] for row in steps]
+    logged = samples(run)
 
-    samples = _samples(run)
-
-    names = ["steps", "right (95%)", "sums that hold", "in right ones", "answers a group", *COLUMNS]
+    names = [
+        "steps",
+        "right (95%)",
+        "sums that hold",
+        "in right ones",
+        "advantage: they hold / not",
+        "answers a group",
+        *COLUMNS,
+    ]
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for first in range(0, len(steps), STEPS):
         rows, shares = steps[first : first + STEPS], right[first : first + STEPS]
         low, high = stats.t.interval(0.95, len(shares) - 1, mean(shares), stats.sem(shares))
-        seen = samples[samples["step"].between(rows[0]["step"], rows[-1]["step"])]
+        seen = logged[logged["step"].between(rows[0]["step"], rows[-1]["step"])]
         rewarded = seen[seen["correctness_reward_func"] > 0]
         answers = seen.groupby(["step", "question"])["extracted"].nunique()  # different ones
-        cells = [_share_that_holds(seen["text"]), _share_that_holds(rewarded["text"]), f"{answers.mean():.1f}"]
+        cells = [_share_that_holds(seen["text"]), _share_that_holds(rewarded["text"]), _advantages(seen)]
+        cells += [f"{answers.mean():.1f}"]
         cells += [_cell(name, factor * mean(row[key] for row in rows)) for name, (key, factor) in COLUMNS.items()]
         span = f"{rows[0]['step']}-{rows[-1]['step']}"
         print(f"| {span} | {mean(shares):.1%} ({low:.1%}-{high:.1%}) | " + " | ".join(cells) + " |")
     trend = stats.spearmanr([row["step"] for row in steps], right)
-    in_group = samples.groupby(["step", "question"])["correctness_reward_func"].agg(lambda paid: (paid > 0).sum())
+    in_group = logged.groupby(["step", "question"])["correctness_reward_func"].agg(lambda paid: (paid > 0).sum())
     never, once = (in_group == 0).sum(), (in_group == 1).sum()
     hours = sum(row["step_time"] for row in steps) / 3600
     print(f"\ntrend of what is right: rho {trend.statistic:.2f}, p = {trend.pvalue:.2g}; {hours:.1f} hours of steps")
     print(f"{len(in_group):,} groups, {never} of them without a right completion, {once} with one")
+    met = logged.groupby("question")["step"].rank("dense").astype(int)
+    by_meeting = (logged["correctness_reward_func"] > 0).groupby(met).mean()
+    print("right on meeting a problem for the first, second, ... time: " + ", ".join(f"{x:.1%}" for x in by_meeting))
     for path in args.evaluations:
         answers = [json.loads(line)["completion"] for line in path.read_text(encoding="utf-8").splitlines()]
         print(f"{path}: {_share_that_holds(answers)} of the sums hold in {len(answers):,} answers")
 
 
-def _samples(run: Path) -> pandas.DataFrame:
+def samples(run: Path) -> pandas.DataFrame:
     """Every completion that was logged, with its question and its text."""
     samples = pandas.concat(map(pandas.read_parquet, sorted((run / "completions").glob("*.parquet"))))
     samples["question"] = samples["prompt"].map(lambda messages: messages[-1]["content"])
@@ -93,6 +104,14 @@ def sums_hold(text: str) -> list[bool]:
 def _share_that_holds(texts) -> str:
     found = [holds for text in texts for holds in sums_hold(text)]
     return f"{mean(found):.0%} of {len(found):,}" if found else "none"
+
+
+def _advantages(seen: pandas.DataFrame) -> str:
+    """The mean advantage of completions whose sums all hold, and of the others with sums; those without one are no
+    signal."""
+    live = seen[(seen["advantage"].abs() > 1e-6) & seen["text"].map(lambda text: bool(sums_hold(text)))]
+    by_all = live["advantage"].groupby(live["text"].map(lambda text: all(sums_hold(text)))).mean()
+    return f"{by_all.get(True, 0):+.2f} / {by_all.get(False, 0):+.2f}"
 
 
 def _cell(name: str, value: float) -> str:
