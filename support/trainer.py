@@ -1,6 +1,7 @@
 """TRL's trainers as the recipe uses them: messages instead of tracebacks, what is trained in fp32, the run's report as
 model card, and vLLM's engine seeded and synced as a run needs it."""
 
+import os
 import shlex
 from copy import copy
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import trl
 from accelerate.utils import set_seed
+from accelerate.utils.other import get_free_port
 from httpx import HTTPError  # huggingface_hub's, where it has no own
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -84,6 +86,9 @@ class GRPOTrainer(_Recipe, LeanGRPOTrainer):
     """TRL's GRPOTrainer with a lean step, and with vLLM where the settings say so."""
 
     def __init__(self, model, **kwargs):
+        if kwargs["args"].use_vllm and processes.count() == 1:
+            # TRL takes 29500 where it is free, seconds before vLLM listens there: of two runs begun together one ends
+            os.environ.setdefault("MASTER_PORT", str(get_free_port()))
         super().__init__(model, **kwargs)
         if self.args.use_vllm:
             self._check_server()

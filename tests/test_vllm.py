@@ -249,6 +249,13 @@ def test_after_a_cold_start_vllm_samples_from_its_policy(world, tmp_path):
     assert largest_difference(tmp_path / "run") < 1e-3
 
 
+def test_two_runs_begun_together_do_not_take_the_same_port(world, tmp_path):
+    runs = [flags(output=tmp_path / name, **world, **BY_VLLM, max_steps="1") for name in "ab"]
+    for process in [launch(REHEARSED, "train_grpo.py", *words) for words in runs]:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors[-4000:]
+
+
 def test_a_run_that_is_killed_and_stopped_leaves_no_process_and_goes_on(world, tmp_path):
     """Each step samples completions of 300 tokens, so that a signal comes while vLLM generates."""
     run, long = tmp_path / "run", {"max_completion_length": "300", "generation_kwargs": '{"min_tokens": 300}'}
