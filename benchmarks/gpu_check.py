@@ -48,9 +48,9 @@ def parts(args) -> dict[str, tuple[int, list[list[str]] | None]]:
         "demo": (300, [recipe("--demo", "--output_dir", str(runs / "demo"))]),
         "speed-0.5B": (
             600,
-            [step_time("0.5B", "original", "transformers", "cast-each-token", "checkpointing", "tf32")],
+            [step_time("0.5B", "original", "trl", "transformers", "cast-each-token", "checkpointing", "tf32")],
         ),
-        "speed-1.5B": (900, [step_time("1.5B", "original", "transformers", "cast-each-token", "bf16-weights")]),
+        "speed-1.5B": (900, [step_time("1.5B", "original", "trl", "transformers", "cast-each-token", "bf16-weights")]),
         "speed-vllm": (900, [step_time("1.5B", "original", "vllm", "vllm-sleeping")] if has_vllm else None),
         "memory": (
             900,

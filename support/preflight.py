@@ -148,6 +148,9 @@ def _hardware(flags: argparse.Namespace) -> list[str]:
 
 
 def _several_gpus(flags: argparse.Namespace, gpus: int) -> str:
+    if flags.demo:
+        words = shlex.join(["python", *sys.argv])
+        return f"{gpus} GPUs are visible, and the demo is for one: `CUDA_VISIBLE_DEVICES=0 {words}`"
     batch, passes = flags.per_device_train_batch_size, flags.gradient_accumulation_steps
     words = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(gpus), *sys.argv]
     if min(batch, passes) > 0 and passes % gpus:

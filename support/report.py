@@ -32,7 +32,7 @@ def write_report(folder: Path, log: list[dict] | None = None) -> Path | None:
         log = read_log(folder) if log is None else log
     except BadInput:  # a merged adapter, or a run that has not saved yet
         return None
-    commands = [shlex.join(map(str, run["command"])), *(_evaluated_by(folder, measured) if measured else [])]
+    commands = [shlex.join(map(str, run["command"])), *(_evaluated_by(folder, run["settings"], measured) if measured else [])]
     parts = {**_run_in_words(folder, run, log), "commands": _block("\n".join(commands)), "samples": []}
     parts |= _evaluation_in_words(measured) if measured else {}
     card = ModelCard.from_template(_metadata(folder, run, measured), template_str=_template(), **parts)
@@ -113,10 +113,13 @@ def _run_in_words(folder: Path, run: dict, log: list[dict]) -> dict:
     }
 
 
-def _evaluated_by(folder: Path, measured: dict) -> list[str]:
-    baseline = measured.get("comparison", {}).get("baseline")
-    compare, limit = ["--compare", baseline] if baseline else [], measured["limit"]
-    return [shlex.join(["python", "evaluate.py", str(folder), *compare, *(["--limit", str(limit)] if limit else [])])]
+def _evaluated_by(folder: Path, settings: dict, measured: dict) -> list[str]:
+    """The command, with a flag for whatever was not the run's own."""
+    asked = {"compare": measured.get("comparison", {}).get("baseline"), "limit": measured["limit"]}
+    names = {"dataset_name": "dataset", "dataset_test_split": "split", "max_completion_length": "max_completion_length"}
+    asked |= {name: measured[key] for name, key in names.items() if measured[key] != settings[name]}
+    words = [word for name, value in asked.items() if value is not None for word in (f"--{name}", str(value))]
+    return [shlex.join(["python", "evaluate.py", str(folder), *words])]
 
 
 def _evaluation_in_words(measured: dict) -> dict:

@@ -249,6 +249,7 @@ def test_sharding_that_accelerate_would_ignore_is_a_mistake(monkeypatch, capsys,
     ("words", "message"),
     [
         ([], r"--num_processes 8 \S+ .*--per_device_train_batch_size 8 --gradient_accumulation_steps 8` uses them all"),
+        (["--demo", "--use_cpu", "false"], r"the demo is for one: `CUDA_VISIBLE_DEVICES=0 python \S+ .* --demo"),
         (["--per_device_train_batch_size", "0"], r"PER_DEVICE_TRAIN_BATCH_SIZE is 0"),
     ],
 )

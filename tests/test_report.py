@@ -65,7 +65,7 @@ def test_a_finished_run_leaves_its_report_with_what_it_knows(trained):
 def test_an_evaluation_writes_the_report_anew_with_what_was_measured(run, policy, capsys):
     assert "Did it get better" not in (run / "README.md").read_text()
     baseline = shutil.copytree(policy, run.parent / "base", ignore=shutil.ignore_patterns("evaluation*"))
-    evaluate.main([str(run), "--compare", str(baseline), "--limit", "5"])
+    evaluate.main([str(run), "--compare", str(baseline), "--limit", "5", "--max_completion_length", "9"])
     assert "the run's report" in capsys.readouterr().out
     report = json.loads((run / "evaluation.json").read_text())
     card = ModelCard.load(run / "README.md")
@@ -80,7 +80,7 @@ def test_an_evaluation_writes_the_report_anew_with_what_was_measured(run, policy
         f"{bound:.1%}" for of in (report, report["comparison"]["columns"]["baseline"]) for bound in of["strict_ci95"]
     }
     assert numbers(section) == shown | bounds
-    assert f"evaluate.py {run} --compare {baseline} --limit 5" in card.text
+    assert f"evaluate.py {run} --compare {baseline} --limit 5 --max_completion_length 9\n" in card.text
     for text in ("before, native", "n = 5 could show", "Problems before and after", "### `neither`"):
         assert text in card.text
     assert card.data.eval_results is None, "5 problems of our own are not GSM8K's test split"

@@ -4,14 +4,13 @@ import json
 import random
 import time
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
+from conftest import GSM8K
 
 import rewards
 
 GOOD = "<reasoning>\nTwo and two.\n</reasoning>\n<answer>\n4\n</answer>"
-GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"
 
 
 def pay(reward_func, text, gold="4"):
