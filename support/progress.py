@@ -110,7 +110,7 @@ def step_line(step: int, max_steps: int, logs: dict) -> str:
         f"no signal {logs['frac_reward_zero_std']:.0%}",
         *([f"tokens {logs['computed_tokens']:.0%}"] if "computed_tokens" in logs else []),
         f"{name} {logs[key]:.2g}",
-        f"grad {logs['grad_norm']:.2g}",
+        *([f"grad {logs['grad_norm']:.2g}"] if "grad_norm" in logs else []),  # the steps since the last log, at the end
         f"{seconds:.{1 if seconds < 100 else 0}f} s",
     ]
     while len(" ".join(parts)) > WIDTH:  # the log has it all

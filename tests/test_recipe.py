@@ -55,6 +55,14 @@ def test_a_run_prints_one_readable_line_a_step(trained):
     assert "{'loss'" not in trained[1].stdout, "not TRL's raw dict"
 
 
+def test_a_run_may_log_more_rarely_than_it_steps(policy, data, tmp_path):
+    done = start("train_grpo.py", *flags(policy, data, tmp_path / "run", logging_steps=3, eval_steps=2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert [line[:8] for line in lines] == ["step 3/4", "step 4/4"], "the last steps' when it ends"
+    assert ["grad" in line for line in lines] == [True, False]
+
+
 def test_a_run_prints_a_whole_sample_every_so_many_steps(trained):
     samples = re.findall(
         r"---- sample after step (\d+), about \d min left ----\n(.*?)\n----", trained[1].stdout, re.DOTALL
