@@ -31,8 +31,8 @@ FORMATTED_SHARE = 0.3  # of the solutions; the rest answer in plain words
 FORGOTTEN_SHARE = 0.6  # of the sums with a carry, whose result is then 10 too small
 
 # what a new demo removes of an earlier one in its folder, and nothing else
-REPLACED = ["checkpoint-*[0-9]", "cold-start", "completions", "run.json", "model.safetensors", "evaluation*.json*"]
-REPLACED += ["curves*.png"]
+REPLACED = ["checkpoint-*[0-9]", "cold-start", "completions", "run.json", "evaluation*.json*", "curves*.png"]
+REPLACED += ["model.safetensors", "config.json", "adapter_*", "checksums.txt", "trainer_state.json", "README.md"]
 
 # problems
 PAIRS = [(a, b) for a in range(10, 100) for b in range(1, 10)]  # 810 sums, half of them with a carry

@@ -2,6 +2,8 @@
 
 import re
 
+from conftest import settings
+
 from support import demo
 from support.problems import load_problems
 
@@ -19,6 +21,19 @@ def test_the_problems_are_right_and_those_held_out_are_never_taught(tmp_path):
         pairs[split] = {(int(a), int(b)) for a, b, _ in sums}
         assert 0.4 < sum(demo.has_carry(*pair) for pair in pairs[split]) / len(pairs[split]) < 0.6
     assert not pairs["train"] & pairs["test"]
+
+
+def test_a_new_demo_takes_away_what_an_earlier_one_of_either_kind_left(tmp_path, monkeypatch):
+    """Transformers would put an earlier demo's adapter onto the new policy."""
+    monkeypatch.setattr(demo, "make_world", lambda *args: None)
+    monkeypatch.setattr(demo, "_measure", lambda *args: None)
+    kept = [tmp_path / name for name in ("taught-42", "problems", "checkpoint-mine")]
+    for path in kept:
+        path.mkdir()
+    for name in ("run.json", "config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text('{"settings": {"demo": true}}')
+    demo.prepare(settings("--demo", "--output_dir", tmp_path))
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def test_the_teacher_forgets_six_carries_in_ten_and_formats_three_solutions_in_ten():
