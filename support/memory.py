@@ -219,9 +219,11 @@ def _bytes(name: str, parameter, quantized: bool) -> float:
 
 def _shape(config) -> tuple[int, int, int, int]:
     """Layers, hidden size, size of all keys (or values) of a token, size of the MLP."""
+    config = config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = head * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    return config.num_hidden_layers, config.hidden_size, keys, config.intermediate_size
+    mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # what GPT-2's and Falcon's leave out
+    return config.num_hidden_layers, config.hidden_size, keys, mlp
 
 
 def _activations(config, settings) -> int:

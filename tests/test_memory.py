@@ -3,6 +3,7 @@
 import conftest
 import pytest
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig
 
 from benchmarks.gpu_memory import shaped
 from support import memory
@@ -40,6 +41,19 @@ def test_full_fine_tuning_holds_sixteen_bytes_a_parameter(model, tmp_path):
     assert parts["cache"] == 64 * 768 * 28 * 2 * 256 * 2
     assert held(parts) == 16 * PARAMETERS
     assert 30e9 < peak(parts) < 32e9, "the README's 31 GB"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
+def test_other_architectures_have_a_need_too(kind, tmp_path):
+    """GPT-2's config has no size of the MLP, and Gemma 3's keeps the text model's sizes a level below."""
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    if kind == "gemma3":
+        config = AutoConfig.for_model(kind, text_config={**small, "intermediate_size": 64}, vision_config={})
+    else:
+        config = AutoConfig.for_model(kind, vocab_size=64, n_embd=32, n_layer=2, n_head=2)
+    parts = memory._activations(config, settings(tmp_path)), memory._cache(config, settings(tmp_path))
+    assert parts[1] == 64 * 768 * 2 * 2 * (64 if kind == "gemma3" else 32) * 2
+    assert parts[0] > 0
 
 
 def test_a_reference_model_costs_its_weights(model, tmp_path):
