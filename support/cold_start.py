@@ -145,13 +145,15 @@ def cold_start(settings, tokenizer, samples: list[dict], run) -> tuple:
         return settings.model_name_or_path, samples
     folder = _folder(settings)
     _check_count(settings, samples)
-    if (folder / "done.json").is_file():
-        _check_settings(folder, settings)
-    else:
+    _check_settings(folder, settings)
+    if not (folder / "done.json").is_file():
         examples = processes.on_main(_examples, folder, settings, tokenizer, samples)
         _teach(settings, folder, examples, tokenizer, run)
         gc.collect()  # the stage's weights and optimizer, before GRPO's
         torch.cuda.empty_cache()
+    for path in checkpoints(folder) if processes.is_main() else ():
+        shutil.rmtree(path)
+    processes.wait()
     shown = {example["prompt"][-1]["content"] for example in _read(folder)}
     left = [sample for sample in samples if sample["prompt"][-1]["content"] not in shown]
     print(f"cold start: {folder} holds the policy that was shown {len(shown):,} problems", end="; ")
@@ -196,9 +198,16 @@ def _stage(settings) -> dict:
 
 
 def _check_settings(folder: Path, settings) -> None:
-    """A stage that is done stays as it is: with other settings it would have to be done anew."""
-    then = json.loads((folder / "done.json").read_text())["settings"]
-    if changes := differences(then, _stage(settings)):
+    """A stage that is done, or begun, stays as it is: with other settings it would have to be done anew."""
+    now = _stage(settings)
+    if (folder / "done.json").is_file():
+        then = json.loads((folder / "done.json").read_text())["settings"]
+    elif (folder / "begun.json").is_file():
+        then = json.loads((folder / "begun.json").read_text())
+        del now["cold_start_batch_size"]  # what is lowered where memory was short
+    else:
+        return
+    if changes := differences(then, now):
         raise BadInput(
             f"{folder} was made with other settings ({'; '.join(changes)}): give those, or a new --output_dir"
         )
@@ -282,6 +291,7 @@ def _teach(settings, folder: Path, examples: list[dict], tokenizer, run) -> None
     folder.mkdir(exist_ok=True, parents=True)
     with faults_explained(settings, remedies), protected(trainer, run, more_follows=True):
         if processes.is_main() and not (folder / "examples.jsonl").is_file():
+            write_whole(folder / "begun.json", json.dumps(_stage(settings), indent=2) + "\n")
             write_whole(folder / "examples.jsonl", "".join(json.dumps(example) + "\n" for example in examples))
         checkpoint, skipped = newest_whole(folder)
         for line in skipped:
@@ -291,9 +301,6 @@ def _teach(settings, folder: Path, examples: list[dict], tokenizer, run) -> None
         if processes.is_main():
             done = {"settings": _stage(settings), "log": trainer.state.log_history}
             write_whole(folder / "done.json", json.dumps(done, indent=2) + "\n")
-    for path in checkpoints(folder) if processes.is_main() else ():
-        shutil.rmtree(path)
-    processes.wait()
 
 
 def _load_adapter(folder: Path, settings):

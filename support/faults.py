@@ -170,7 +170,7 @@ def protected(trainer, run: Run, more_follows: bool = False):
     run.begin(model_revision=getattr(trainer.model.config, "_commit_hash", None))
     if processes.is_main():
         shutil.rmtree(Path(trainer.args.output_dir) / SCRATCH, ignore_errors=True)  # what a killed run left
-    guard = _Guard(trainer)
+    guard = _Guard(trainer, "COLD_START_LEARNING_RATE" if more_follows else "LEARNING_RATE")
     # behind the callback that says when to save, before those that take long, which a stopping run leaves out
     trainer.callback_handler.callbacks.insert(1, guard)
     trainer.add_callback(_LastWord(guard))
@@ -188,8 +188,8 @@ def protected(trainer, run: Run, more_follows: bool = False):
 class _Guard(TrainerCallback):
     """Saves and stops on a signal, and looks at the numbers before each step and each save."""
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, trainer, rate: str):
+        self.trainer, self.rate = trainer, rate
         self.heard: signal.Signals | None = None  # the first signal
 
     def hear(self, number, frame):
@@ -224,15 +224,15 @@ class _Guard(TrainerCallback):
                 weights = "" if self.trainer.is_deepspeed_enabled else "The weights were not changed; "
                 raise RunStopped(
                     f"step {state.global_step + 1}: the {name} is {value.item()}. {weights}{kept(args.output_dir)}. "
-                    f"Lower LEARNING_RATE (now {args.learning_rate:g}), or look at the last samples for what came "
+                    f"Lower {self.rate} (now {args.learning_rate:g}), or look at the last samples for what came "
                     "before"
                 )
 
     def on_step_end(self, args, state, control, model, **kwargs):
-        if state.global_step % generation_cycle(args) == 0:
-            self.heard = next(filter(None, processes.gathered(self.heard)), None)  # all stop after the same step
-            if self.heard:
-                control.should_save = control.should_training_stop = True
+        at_cycles_end = state.global_step % generation_cycle(args) == 0
+        if at_cycles_end and (heard := next(filter(None, processes.gathered(self.heard)), None)):
+            self.heard = heard  # all stop after the same step
+            control.should_save = control.should_training_stop = True
         if control.should_save:
             _check_weights(model, f"the policy after step {state.global_step}")
 

@@ -6,7 +6,7 @@ import signal
 
 import pandas as pd
 import pytest
-from conftest import GSM8K, flags, identical, launch, settings, start, weights, write_jsonl
+from conftest import GSM8K, ended, flags, identical, launch, settings, start, weights, write_jsonl
 from safetensors.torch import load_file
 
 import train_grpo
@@ -135,6 +135,7 @@ def test_a_run_in_its_cold_start_resumes_to_the_same_run(cold_started, policy, d
     assert done.returncode == 0, done.stderr[-4000:]
     assert "going on from the cold start" in done.stdout
     assert "cold start 5/" not in done.stdout, "the finished stage is not done again"
+    assert not [*(tmp_path / "run" / "cold-start").glob("checkpoint-*")], "nor are its checkpoints kept"
     assert identical(weights(whole / "cold-start"), weights(tmp_path / "run" / "cold-start"))
     assert identical(weights(whole), weights(tmp_path / "run"))
 
@@ -217,6 +218,21 @@ def test_a_stage_that_is_done_is_not_silently_kept_under_other_settings(cold_sta
     words = flags(policy, data, tmp_path / "run", **{**STAGE, "cold_start_epochs": 3, "allow_changed_settings": "true"})
     with pytest.raises(SystemExit, match="cold_start_epochs: 40 -> 3"):
         train_grpo.main([*words, "--resume_from_checkpoint", "auto"])
+
+
+def test_a_stage_that_is_begun_is_not_gone_on_with_under_other_settings(cold_started, policy, data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(cold_started[0] / "cold-start", run / "cold-start", ignore=shutil.ignore_patterns("done.json"))
+    facts = json.loads((cold_started[0] / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "outcome": "running"}))
+    other = {"cold_start_examples": 8, "cold_start_batch_size": 4, "allow_changed_settings": "true"}
+    with pytest.raises(SystemExit, match="settings \\(cold_start_examples: 24 -> 8\\)"):
+        train_grpo.main([*flags(policy, data, run, **{**STAGE, **other}), "--resume_from_checkpoint", "auto"])
+
+
+def test_a_stage_that_blows_up_names_its_own_rate(policy, data, tmp_path, capsys):
+    words = flags(policy, data, tmp_path / "run", **{**STAGE, "cold_start_learning_rate": "1e30"})
+    assert "Lower COLD_START_LEARNING_RATE (now 1e+30)" in ended(capsys, 1, words)[1]
 
 
 def test_a_model_that_cannot_be_taught_is_one_message_and_leaves_nothing(policy, data, tmp_path):
