@@ -101,11 +101,9 @@ def options(flags: argparse.Namespace) -> dict:
 
 def run(flags: argparse.Namespace, task: Task) -> None:
     """Evaluate, compare where asked to, write and print."""
+    if flags.compare:  # a wrong name is told before hours of the baseline
+        load_tokenizer(flags.model, flags.model_revision, flags.trust_remote_code)
     before = baselines(flags.compare, task, flags.native, **options(flags)) if flags.compare else {}
-    if flags.native and not before:
-        if obstacle := native_obstacle(flags.model):
-            raise BadInput(f"--native: {obstacle}")
-        task = task.natively()
     print(f"model: {flags.model}")
     folder = Path(flags.output_dir or home(flags.model))
     with Unfinished(folder, stem(task)) as answers:
@@ -132,6 +130,10 @@ def main(argv: list[str] | None = None) -> None:
     quiet()
     try:
         interrupts.raise_again()
+        if flags.native and not flags.compare:
+            if obstacle := native_obstacle(flags.model):
+                raise BadInput(f"--native: {obstacle}")
+            task = task.natively()
         if flags.ask is not None:
             print(ask(flags, task))
         else:

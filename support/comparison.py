@@ -100,6 +100,8 @@ def load_evaluation(folder: Path, task: Task) -> tuple[dict, list[dict]]:
         for name in COMPARABLE
         if report.get(name) != getattr(task, name)
     ]
+    if report.get("model_revision"):  # a baseline is the newest
+        differing.append(f"model revision: {report['model_revision']!r} there, the newest here")
     wanted = [(problem["question"], problem["answer"]) for problem in task.problems()]
     if asked != wanted:
         same = sum(first == second for first, second in zip(asked, wanted, strict=False))

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -186,12 +187,23 @@ def evaluate(
         if answers:
             token_ids = tokenize(tokenizer, prompts, kwargs)
             answers.begin(_asked(name, policy, problems, token_ids, length, batch_size), len(problems))
-        completions = complete(policy, tokenizer, prompts, length, batch_size, kwargs, answers=answers)
+        with _memory_explained(batch_size):
+            completions = complete(policy, tokenizer, prompts, length, batch_size, kwargs, answers=answers)
     native = task.native_instruction is not None
     rows = [score(i, *pair, native) for i, pair in enumerate(zip(problems, completions, strict=True))]
     where = {"model": name, "dataset": task.dataset_name, "split": task.split}
     how = {key: getattr(task, key) for key in COMPARABLE}
     return {**where, **summarize(rows), "model_revision": revision, "limit": task.limit, **how}, rows
+
+
+@contextmanager
+def _memory_explained(batch_size: int):
+    from torch import OutOfMemoryError
+
+    try:
+        yield
+    except OutOfMemoryError as error:
+        raise BadInput(f"the GPU's memory is too small: lower --batch_size (now {batch_size})") from error
 
 
 def _asked(name: str, policy, problems: list[dict], token_ids: list[list[int]], length: int, batch_size: int) -> dict:

@@ -154,8 +154,9 @@ def complete_with_vllm(
             max_model_len=longest,
             generation_config="vllm",  # not the model's own, which may sample or penalise repetition
         )
-    except (OSError, ValueError) as error:
-        raise BadInput(f"model {name!r}: vLLM cannot load it: {str(error).strip()}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # the last where its engine, another process, does not start
+        without = "--use_vllm false generates with Transformers"
+        raise BadInput(f"model {name!r}: vLLM cannot load it: {str(error).strip()}\n{without}") from error
     sampling = SamplingParams(temperature=0.0, max_tokens=max_completion_length)
     # on a terminal, as `complete` has it; where TQDM_DISABLE turns the bar off, vLLM divides by its zero seconds
     bar = partial(tqdm, disable=False) if sys.stderr.isatty() else False

@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import torch
 from conftest import launch, problem, start, write_jsonl
 
 import evaluate
@@ -139,6 +140,30 @@ def test_evaluating_a_run_uses_its_settings_and_writes_both_files(trained, data)
     assert "is kept as" in again.stdout
 
 
+def test_a_gpu_too_small_for_a_batch_is_one_message(trained, monkeypatch):
+    """Transformers' generation ends as it does where CUDA has no memory left."""
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluation, "complete", out_of_memory)
+    with pytest.raises(SystemExit, match=r"lower --batch_size \(now 64\)"):
+        evaluate.main([str(trained[0]), "--limit", "1"])
+
+
+def test_asking_natively_asks_without_the_recipes_prompt(trained, monkeypatch):
+    asked = []
+
+    def watched(policy, tokenizer, prompts, *args, **kwargs):
+        asked.extend(prompts)
+        return generation.complete(policy, tokenizer, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "complete", watched)
+    for native in ([], ["--native"]):
+        evaluate.main([str(trained[0]), "--ask", "2 + 2?", *native])
+    assert [[message["role"] for message in prompt] for prompt in asked] == [["system", "user"], ["user"]]
+
+
 def test_ask_prints_one_answer_and_writes_nothing(trained):
     run, _ = trained
     before = sorted(run.iterdir())
@@ -161,6 +186,7 @@ def test_ask_prints_one_answer_and_writes_nothing(trained):
             "needs vLLM",
             marks=pytest.mark.skipif(vllm_obstacle() is None, reason="vLLM is there"),
         ),
+        (["./nowhere", "--compare", "RUN"], "nowhere': no such folder"),
         (["RUN", "--lim", "3"], "unrecognized arguments"),
     ],
 )
@@ -255,6 +281,16 @@ def test_a_baseline_must_be_the_evaluation_of_that_very_model(trained, policy, d
     assert done.returncode == 1
     assert "evaluate" in done.stderr
     assert "again first" in done.stderr
+
+
+def test_a_baseline_is_not_taken_from_another_revision(trained, policy, data, tmp_path, monkeypatch):
+    """As of a model on the Hub, whose folder under outputs/ holds no weights to tell by."""
+    run, _ = trained
+    asked = ["--limit", "4", "--dataset_name", str(data), "--max_completion_length", "12"]
+    baseline = tmp_path / "baseline"
+    evaluate.main([str(policy), *asked, "--model_revision", "step-100", "--output_dir", str(baseline)])
+    with pytest.raises(SystemExit, match="model revision: 'step-100' there"):
+        evaluate.main([str(run), "--compare", str(baseline), *asked])
 
 
 def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path):
