@@ -201,9 +201,11 @@ def check_disk(trainer) -> None:
     weights = size(p for p in policy.parameters() if p.requires_grad or not is_lora)
     moments = 2 * size(p for p in policy.parameters() if p.requires_grad)
     at_once = args.save_total_limit + 1  # one more than is kept, while the newest is written
+    epochs, *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     if args.save_strategy == "steps" and args.save_steps >= 1:
-        *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
         at_once = min(at_once, -(-steps // int(args.save_steps)))
+    elif args.save_strategy in ("epoch", "no"):  # with "no" a signal still saves one
+        at_once = min(at_once, epochs if args.save_strategy == "epoch" else 1)
     needed = (weights + moments) * max(1, at_once - len(checkpoints(args.output_dir))) + weights
     free = shutil.disk_usage(args.output_dir).free
     if needed > free:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from support import processes
-from support.checkpoints import checkpoints, flaw, newest_whole, step_of
+from support.checkpoints import checkpoints, flaw, newest_whole, state_of, step_of
 from support.faults import LOCK, is_locked
 from support.generation import VLLM_VERSIONS, vllm_obstacle
 from support.problems import is_path
@@ -233,7 +233,8 @@ def _resumed_folder(folder: Path, wanted: str) -> list[str]:
         ]
     if wrong := flaw(Path(wanted)):
         return [f"--resume_from_checkpoint {wanted}: {wrong}; `auto` takes the newest whole checkpoint in {folder}"]
-    newer = [path.name for path in found if step_of(path) > step_of(Path(wanted).resolve()) and flaw(path) is None]
+    step = state_of(Path(wanted))["global_step"]
+    newer = [path.name for path in found if step_of(path) > step and flaw(path) is None]
     if newer:
         return [
             f"--resume_from_checkpoint {wanted}: {folder} holds the newer {', '.join(newer)}, which going on from "

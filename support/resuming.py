@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from support import processes
-from support.checkpoints import is_sharded, newest_whole, state_of, weights_flaw
+from support.checkpoints import flaw, is_sharded, newest_whole, state_of, weights_flaw
 from support.checksums import CHECKSUMS, WEIGHTS, altered, has_checksums, write_checksums
 from support.errors import RunStopped
 from support.record import describe, read_run
@@ -19,7 +19,7 @@ HARMLESS = re.compile(
     r"|hub_.*|push_to_hub|report_to|run_name|project|trackio_.*|disable_tqdm|num_completions_to_print"
     r"|gradient_checkpointing.*|dataset_test_split|vllm_gpu_memory_utilization|vllm_enable_sleep_mode|vllm_server_.*"
     r"|torch_empty_cache_steps|skip_memory_metrics|local_rank|ddp_.*|fit_memory|per_device_train_batch_size"
-    r"|train_batch_size|lora_learning_rate_factor"
+    r"|lora_learning_rate_factor"
 )
 
 
@@ -78,6 +78,12 @@ def _choose(settings) -> str | None:
         if checkpoint is None and not (Path(chosen) / "run.json").is_file():
             print(f"{chosen}: no run is there yet, this one is the first")
             return None
+        origin = read_run(Path(chosen)).get("settings", {}).get("resume_from_checkpoint")
+        if checkpoint is None and origin:
+            print(f"{chosen}: no checkpoint of its own yet, going on from {origin}, as it began")
+            if wrong := flaw(Path(origin)) or altered(Path(origin)):
+                raise RunStopped(f"{origin}: {wrong}", status=2)
+            chosen = origin
     elif wrong := altered(Path(chosen)):
         raise RunStopped(f"{chosen}: {wrong}; `auto` takes the newest whole checkpoint", status=2)
     if chosen != settings.output_dir and not has_checksums(Path(chosen)):

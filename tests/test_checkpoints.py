@@ -13,12 +13,14 @@ from conftest import (
     ROOT,
     flags,
     identical,
+    launch,
     problem,
     refused,
     resumed,
     resumed_here,
     same_run,
     start,
+    until,
     weights,
     write_jsonl,
 )
@@ -173,6 +175,21 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_with_the_same_sett
     assert "learning_rate: 0.001 -> 0.002" in refused(capsys, 2, [*words, "--resume_from_checkpoint", "auto"])
 
 
+def test_a_run_that_began_with_anothers_checkpoint_does_not_begin_anew_without_it(copy, policy, data, tmp_path, capsys):
+    """It is killed before its first save, and then told `auto`."""
+    fork = tmp_path / "fork"
+    words = flags(policy, data, fork, **{**LONG, "save_steps": "24"})
+    process = launch("train_grpo.py", *words, "--resume_from_checkpoint", copy / "checkpoint-20")
+    until(process, "step 22/24")
+    process.kill()
+    process.communicate()
+    assert not checkpoints(fork)
+    out = resumed_here(capsys, words)
+    assert f"going on from {copy / 'checkpoint-20'}, as it began" in out
+    assert "resuming after step 20" in out
+    assert identical(weights(copy), weights(fork))
+
+
 def test_going_on_from_an_older_checkpoint_never_overwrites_a_newer_one(copy, policy, data, capsys):
     words = flags(policy, data, copy, **LONG)
     assert "the newer checkpoint-24" in refused(capsys, 2, [*words, "--resume_from_checkpoint", copy / "checkpoint-20"])
@@ -319,8 +336,11 @@ def test_a_run_that_cannot_fit_on_the_disk_is_refused_before_training(policy, da
             break
     else:
         pytest.skip("no small file system can be mounted here")
-    done = subprocess.run([*words, *inside], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*words, *inside], env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert "SAVE_TOTAL_LIMIT 2" in done.stderr
     assert "Traceback" not in done.stderr
     assert "step " not in done.stdout
+    done = subprocess.run([*words, *inside, "--save_strategy", "no"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, "one checkpoint at most, where a signal comes: " + done.stderr
