@@ -1,6 +1,6 @@
 """Greedy accuracy of the policy in training on held-out problems."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -77,12 +77,17 @@ class HeldOut(TrainerCallback):
 
     def _by_transformers(self, prompts: list[list[dict]]) -> list[dict]:
         trainer, length, kwargs = self.trainer, self.task.max_completion_length, self.task.chat_template_kwargs
-        with unwrap_model_for_generation(
-            trainer.model_wrapped,
-            trainer.accelerator,
-            gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-        ) as policy:
+        # as the trainer generates: the bf16 copies of the weights are made once, and not for every token
+        copies = nullcontext() if processes.is_sharded() else trainer.accelerator.autocast()
+        with (
+            copies,
+            unwrap_model_for_generation(
+                trainer.model_wrapped,
+                trainer.accelerator,
+                gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+            ) as policy,
+        ):
             declared = policy.generation_config
             policy.eval()
             completions = complete(policy, self.tokenizer, prompts, length, chat_template_kwargs=kwargs, progress=False)

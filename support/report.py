@@ -32,7 +32,10 @@ def write_report(folder: Path, log: list[dict] | None = None) -> Path | None:
         log = read_log(folder) if log is None else log
     except BadInput:  # a merged adapter, or a run that has not saved yet
         return None
-    commands = [shlex.join(map(str, run["command"])), *(_evaluated_by(folder, run["settings"], measured) if measured else [])]
+    commands = [
+        shlex.join(map(str, run["command"])),
+        *(_evaluated_by(folder, run["settings"], measured) if measured else []),
+    ]
     parts = {**_run_in_words(folder, run, log), "commands": _block("\n".join(commands)), "samples": []}
     parts |= _evaluation_in_words(measured) if measured else {}
     card = ModelCard.from_template(_metadata(folder, run, measured), template_str=_template(), **parts)

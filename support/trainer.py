@@ -94,7 +94,8 @@ class GRPOTrainer(_Recipe, LeanGRPOTrainer):
             self._check_server()
             # vLLM's engine samples from the process' random state, and has just seeded it with a number of its own
             set_seed(self.args.seed, device_specific=True)
-            if isinstance(self.model, PeftModel) and not processes.is_sharded() and not self.is_quantized:
+            has_own_way = processes.is_sharded() or self.is_quantized or self.args.lora_target_parameters
+            if isinstance(self.model, PeftModel) and not has_own_way:
                 self.vllm_generation._iter_named_params = partial(_merged, self.model)
 
     def _check_server(self) -> None:
