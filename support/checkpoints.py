@@ -11,7 +11,7 @@ from pathlib import Path
 from support import processes
 from support.checksums import CHECKSUMS, WEIGHTS, altered, write_checksums
 from support.errors import RunStopped
-from support.memory import gigabytes, size
+from support.memory import gigabytes, optimizer_states, size
 from support.record import resume_command
 
 SHARDS = ("latest", "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin")  # in a checkpoint by DeepSpeed, and by FSDP
@@ -131,7 +131,7 @@ class WholeCheckpoints:
                 processes.wait()
             if processes.is_main():
                 if not is_there:
-                    self._finish_current_push()  # --push_to_hub uploads from there
+                    self._finish_current_push()  # which may upload an older checkpoint, which may go now
                     _move_in(scratch, folder, name)
                 whole = [path for path in checkpoints(folder) if flaw(path) is None]
                 for old in whole[: -self.args.save_total_limit]:
@@ -149,6 +149,12 @@ class WholeCheckpoints:
             self._saves_to = None
             if processes.is_main():
                 shutil.rmtree(scratch, ignore_errors=True)
+        if self.args.push_to_hub and not is_there:
+            self._push_from_checkpoint(str(folder / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._saves_to is None:  # what is being written would go to the Hub whole, optimizer and all
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
@@ -199,7 +205,7 @@ def check_disk(trainer) -> None:
     args, policy = trainer.args, trainer.model
     is_lora = hasattr(policy, "peft_config")
     weights = size(p for p in policy.parameters() if p.requires_grad or not is_lora)
-    moments = 2 * size(p for p in policy.parameters() if p.requires_grad)
+    moments = optimizer_states(args, size(p for p in policy.parameters() if p.requires_grad))
     at_once = args.save_total_limit + 1  # one more than is kept, while the newest is written
     epochs, *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     if args.save_strategy == "steps" and args.save_steps >= 1:

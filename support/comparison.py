@@ -1,6 +1,7 @@
 """Two evaluations of the same problems: which problems each of them solves, and what that can show."""
 
 import json
+import os
 from pathlib import Path
 
 from support.errors import BadInput
@@ -20,6 +21,7 @@ ROWS = {
     "reflection_rate": ".1%",
 }
 KINDS = {(True, False): "gained", (False, True): "lost", (True, True): "both", (False, False): "neither"}
+SHOTS = {True: "with one worked example", False: "zero-shot"}  # by ONE_SHOT
 IN_COLUMNS = (*ROWS, "strict_ci95", "n")  # what such a table is made of
 
 
@@ -27,9 +29,11 @@ IN_COLUMNS = (*ROWS, "strict_ci95", "n")  # what such a table is made of
 
 
 def home(name: str) -> Path:
-    """The folder a model's evaluation goes to: its own, or one under outputs/ for a model on the Hub."""
+    """The folder a model's evaluation goes to: its own, or one under outputs/ for a model on the Hub or in a folder
+    that cannot be written to."""
     folder = Path(name)
-    return folder if folder.is_dir() else Path("outputs") / name.replace("/", "--")
+    is_ours = folder.is_dir() and (os.access(folder, os.W_OK) or (folder / "evaluation.json").is_file())
+    return folder if is_ours else Path("outputs") / name.strip("/").replace("/", "--")
 
 
 def native_obstacle(name: str) -> str | None:

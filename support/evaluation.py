@@ -3,7 +3,6 @@
 import json
 import random
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -59,11 +58,11 @@ def native_answer(text: str) -> str | None:
 
 
 def answer_span(text: str, native: bool) -> tuple[int, int] | None:
-    """Where the answer stands that a completion is scored by: in its last answer tag, natively in its last box; else
-    its last number. None where there is none of them."""
+    """Where the answer stands that a completion is scored by: in the answer tag of one in format, natively in its last
+    box; else its last number. None where there is none of them."""
     if native and (span := boxed_span(text)):
         return span
-    if not native and "<answer>" in text:
+    if not native and is_strict_format(text):
         start = text.rindex("<answer>") + len("<answer>")
         end = text.find("</answer>", start)
         return start, len(text) if end < 0 else end
@@ -176,19 +175,17 @@ def evaluate(
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
     problems = task.problems()
     prompts = [task.prompt(problem["question"]) for problem in problems]
+    if answers:
+        answers.make_room()  # before hours of answers
     if use_vllm is None:  # vLLM loads whole models, no adapters
         use_vllm = vllm_obstacle(use_cpu) is None and not (Path(name) / "adapter_config.json").exists()
-    length, kwargs = task.max_completion_length, task.chat_template_kwargs
     how_to_load = (revision, use_cpu, trust_remote_code)
     if use_vllm:
-        completions = complete_with_vllm(name, tokenizer, prompts, length, kwargs, *how_to_load)
+        limits = (task.max_completion_length, task.chat_template_kwargs)
+        completions = complete_with_vllm(name, tokenizer, prompts, *limits, *how_to_load)
     else:
         policy = load_policy(name, *how_to_load)
-        if answers:
-            token_ids = tokenize(tokenizer, prompts, kwargs)
-            answers.begin(_asked(name, policy, problems, token_ids, length, batch_size), len(problems))
-        with _memory_explained(batch_size):
-            completions = complete(policy, tokenizer, prompts, length, batch_size, kwargs, answers=answers)
+        completions = _complete(name, policy, tokenizer, problems, prompts, task, batch_size, answers)
     native = task.native_instruction is not None
     rows = [score(i, *pair, native) for i, pair in enumerate(zip(problems, completions, strict=True))]
     where = {"model": name, "dataset": task.dataset_name, "split": task.split}
@@ -196,12 +193,16 @@ def evaluate(
     return {**where, **summarize(rows), "model_revision": revision, "limit": task.limit, **how}, rows
 
 
-@contextmanager
-def _memory_explained(batch_size: int):
+def _complete(name: str, policy, tokenizer, problems, prompts, task: Task, batch_size: int, answers) -> list[dict]:
+    """By Transformers, what is answered already left out."""
     from torch import OutOfMemoryError
 
+    length, kwargs = task.max_completion_length, task.chat_template_kwargs
+    if answers:
+        token_ids = tokenize(tokenizer, prompts, kwargs)
+        answers.begin(_asked(name, policy, problems, token_ids, length, batch_size), len(problems))
     try:
-        yield
+        return complete(policy, tokenizer, prompts, length, batch_size, kwargs, answers=answers)
     except OutOfMemoryError as error:
         raise BadInput(f"the GPU's memory is too small: lower --batch_size (now {batch_size})") from error
 

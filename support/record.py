@@ -138,14 +138,18 @@ class Run:
 
 
 def _command() -> list[str]:
+    return [*_launch(), *_words()]
+
+
+def _words() -> list[str]:
     """The command line, a Hub token in it blotted out."""
     words = list(sys.argv)
     for i, word in enumerate(words):
-        if word.startswith("--hub_token="):
+        if re.match("--hub[_-]token=", word):
             words[i] = "--hub_token=..."
         elif i and words[i - 1] in ("--hub_token", "--hub-token"):
             words[i] = "..."
-    return [*_launch(), *words]
+    return words
 
 
 def _launch() -> list[str]:
@@ -158,7 +162,7 @@ def _launch() -> list[str]:
 
 def resume_command() -> str:
     """What goes on with this run."""
-    words = list(sys.argv)
+    words = _words()
     for i, word in reversed(list(enumerate(words))):
         if re.fullmatch(r"--resume[_-]from[_-]checkpoint(=.*)?", word):
             del words[i : i + (1 if "=" in word else 2)]

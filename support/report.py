@@ -6,7 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-from support.comparison import IN_COLUMNS, in_words, table
+from support.comparison import IN_COLUMNS, SHOTS, in_words, table
 from support.curves import read_log
 from support.errors import BadInput
 from support.problems import is_path
@@ -91,7 +91,9 @@ def _run_in_words(folder: Path, run: dict, log: list[dict]) -> dict:
     step = max((row["step"] for row in log), default=0)
     a_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * run["processes"]
     seconds = next((row["train_runtime"] for row in reversed(log) if "train_runtime" in row), None)  # once it has ended
-    since = " since it was last resumed" if run["earlier"] else ""
+    since = " since it was last resumed" if run["earlier"] or settings["resume_from_checkpoint"] else ""
+    of_all = ("gradient_accumulation_steps", "steps_per_generation")  # the recipe's are those of all processes together
+    used = settings | {name: settings[name] * run["processes"] for name in of_all}
     held_out = [row for row in log if "eval_strict_accuracy" in row]
     every = -(-len(held_out) // HELD_OUT_ROWS) or 1
     commit = f"; the recipe at commit {_code(run['commit'])}" if run["commit"] else ""
@@ -108,9 +110,9 @@ def _run_in_words(folder: Path, run: dict, log: list[dict]) -> dict:
         "has_curves": (folder / "curves.png").is_file(),
         "prompt": _block(run["system_prompt"]),
         "changed": [
-            f"{_code(name)}: {_code(settings[name])}, the recipe's is {_code(value)}"
+            f"{_code(name)}: {_code(used[name])}, the recipe's is {_code(value)}"
             for name, value in run.get("recipe", {}).items()
-            if settings[name] != value  # TRL reads some defaults back as what they were before
+            if used[name] != value  # TRL reads some defaults back as what they were before
         ],
         "versions": _escaped(versions) + commit,
     }
@@ -119,15 +121,17 @@ def _run_in_words(folder: Path, run: dict, log: list[dict]) -> dict:
 def _evaluated_by(folder: Path, settings: dict, measured: dict) -> list[str]:
     """The command, with a flag for whatever was not the run's own."""
     asked = {"compare": measured.get("comparison", {}).get("baseline"), "limit": measured["limit"]}
-    names = {"dataset_name": "dataset", "dataset_test_split": "split", "max_completion_length": "max_completion_length"}
-    asked |= {name: measured[key] for name, key in names.items() if measured[key] != settings[name]}
-    words = [word for name, value in asked.items() if value is not None for word in (f"--{name}", str(value))]
+    names = {"dataset_name": "dataset", "dataset_test_split": "split"}
+    names |= {name: name for name in ("max_completion_length", "chat_template_kwargs", "one_shot")}
+    asked |= {name: measured[key] for name, key in names.items() if (measured[key] or None) != (settings[name] or None)}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in asked.items()}
+    words = [word for name, text in texts.items() if asked[name] is not None for word in (f"--{name}", text)]
     return [shlex.join(["python", "evaluate.py", str(folder), *words])]
 
 
 def _evaluation_in_words(measured: dict) -> dict:
     after, paired = {key: measured[key] for key in IN_COLUMNS}, measured.get("comparison")
-    how = f"On {_code(measured['dataset'])}, split {_code(measured['split'])}, greedy and zero-shot"
+    how = f"On {_code(measured['dataset'])}, split {_code(measured['split'])}, greedy and {SHOTS[measured['one_shot']]}"
     if not paired:
         return {"table": _block(table({"after": after})), "verdict": f"{how}."}
     names = {"baseline native": "before, native", "baseline": "before"}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from support.comparison import KINDS, cells, in_words, kinds
+from support.comparison import KINDS, SHOTS, cells, in_words, kinds
 from support.evaluation import answer_span
 from support.record import printable, set_aside, write_whole
 
@@ -37,6 +37,7 @@ def write_page(folder: Path, model: str, before: dict[str, tuple[dict, list[dict
     ]
     reports = {name: baseline for name, (baseline, _) in before.items()} | {"model": report}
     texts = {name: printable(str(report[name])) for name in ("dataset", "split", "max_completion_length")}
+    texts["shots"] = SHOTS[report["one_shot"]]
     names = {"model": printable(model), "baseline": printable(report["comparison"]["baseline"])}
     template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import xxhash
 
@@ -42,12 +43,22 @@ class Unfinished:
             what = "" if self.completions else "; starting anew"
             print(f"{other}: {len(found):,} answers are not used: {changed} changed since{what}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             lines = [asked, *({"index": i, **completion} for i, completion in self.completions.items())]
             write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))  # without a line that was cut off
         except OSError as error:
-            raise BadInput(f"{self.folder} cannot be written to: {error}. Give another --output_dir") from error
+            raise self._no_room(error) from error
         self.path, self.count = path, count
+
+    def make_room(self) -> None:
+        """Raises BadInput where nothing could be saved."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise self._no_room(error) from error
+
+    def _no_room(self, error: OSError) -> BadInput:
+        return BadInput(f"{self.folder} cannot be written to: {error}. Give another --output_dir")
 
     def add(self, completions: dict[int, dict]) -> None:
         """Bring a batch to the disk.

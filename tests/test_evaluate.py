@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_score_of_one_completion(text, strict, lenient, in_format, reason):
     row = evaluation.score(3, {"question": "?", "answer": "4"}, completion)
     assert (row["strict"], row["lenient"], row["format"]) == (strict, lenient, in_format), reason
     assert (row["index"], row["gold"], row["completion"], row["tokens"]) == (3, "4", text, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "marked"),
+    [
+        (GOOD, "4"),
+        ("<answer>18</answer> Note: 3 eggs.", "3"),
+        ("<answer>20</answer> or 18", "18"),
+        ("none", None),
+    ],
+)
+def test_what_is_marked_is_what_was_scored(text, marked):
+    span = evaluation.answer_span(text, native=False)
+    assert (span and text[slice(*span)].strip()) == marked
 
 
 def test_summary_shares_and_wilson_interval():
@@ -427,6 +442,12 @@ def test_a_look_at_a_few_problems_does_not_cost_the_answers_to_all(half_answered
     assert answered(tmp_path / "model") == 0, "nothing is left over"
     report = json.loads((tmp_path / "model" / "evaluation.json").read_text())
     assert report["n"] == 10
+
+
+def test_what_a_model_in_a_folder_of_others_is_measured_for_goes_under_outputs(policy, monkeypatch):
+    assert comparison.home(str(policy)) == policy
+    monkeypatch.setattr(comparison.os, "access", lambda folder, mode: False)
+    assert comparison.home(str(policy)) == Path("outputs") / str(policy).strip("/").replace("/", "--")
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_before_the_first_answer(babbler, data, tmp_path):

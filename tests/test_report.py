@@ -65,7 +65,9 @@ def test_a_finished_run_leaves_its_report_with_what_it_knows(trained):
 def test_an_evaluation_writes_the_report_anew_with_what_was_measured(run, policy, capsys):
     assert "Did it get better" not in (run / "README.md").read_text()
     baseline = shutil.copytree(policy, run.parent / "base", ignore=shutil.ignore_patterns("evaluation*"))
-    evaluate.main([str(run), "--compare", str(baseline), "--limit", "5", "--max_completion_length", "9"])
+    evaluate.main(
+        [str(run), "--compare", str(baseline), "--limit", "5", "--max_completion_length", "9", "--one_shot", "true"]
+    )
     assert "the run's report" in capsys.readouterr().out
     report = json.loads((run / "evaluation.json").read_text())
     card = ModelCard.load(run / "README.md")
@@ -80,7 +82,8 @@ def test_an_evaluation_writes_the_report_anew_with_what_was_measured(run, policy
         f"{bound:.1%}" for of in (report, report["comparison"]["columns"]["baseline"]) for bound in of["strict_ci95"]
     }
     assert numbers(section) == shown | bounds
-    assert f"evaluate.py {run} --compare {baseline} --limit 5 --max_completion_length 9\n" in card.text
+    assert f"evaluate.py {run} --compare {baseline} --limit 5 --max_completion_length 9 --one_shot true\n" in card.text
+    assert "greedy and with one worked example" in card.text
     for text in ("before, native", "n = 5 could show", "Problems before and after", "### `neither`"):
         assert text in card.text
     assert card.data.eval_results is None, "5 problems of our own are not GSM8K's test split"
@@ -201,6 +204,22 @@ def test_what_is_pushed_is_the_report_and_a_failing_hub_costs_only_the_push(poli
     assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "finished"
     for name in ("model.safetensors", "trainer_state.json", "README.md"):
         assert (tmp_path / "run" / name).is_file()
+
+
+def test_at_each_save_the_policy_is_pushed_without_its_checkpoints(policy, data, tmp_path):
+    """An optimizer's states are twice as large as the policy, and nobody's business."""
+    hub = Hub()
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_" + "x" * 34}
+    words = flags(policy, data, tmp_path / "run", **PUSH | {"hub_strategy": "every_save", "save_steps": "1"})
+    done = start("train_grpo.py", *words, "--hub-token=hf_" + "y" * 34, **online)
+    assert done.returncode == 0, done.stderr[-4000:]
+    asked = [json.loads(body)["files"] for path, body in hub.requests if "/preupload/" in path]
+    hub.shutdown()
+    names = {file["path"] for files in asked for file in files}
+    assert len(asked) >= 2
+    assert "model.safetensors" in names
+    assert not [name for name in names if "checkpoint-" in name]
+    assert "yyy" not in (tmp_path / "run" / "run.json").read_text(), "nor does the token go there"
 
 
 def test_without_network_a_push_is_refused_in_one_line_before_training(policy, data, tmp_path):

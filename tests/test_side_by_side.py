@@ -36,7 +36,8 @@ def page(folder, count: int, completion=formatted):
     before = {
         name: (evaluation.summarize(of), of) for name, of in (("baseline native", native), ("baseline", baseline))
     }
-    report = {"dataset": "<i>ours</i>", "split": "test", "max_completion_length": 99, **evaluation.summarize(model)}
+    report = {"dataset": "<i>ours</i>", "split": "test", "max_completion_length": 99, "one_shot": False}
+    report |= evaluation.summarize(model)
     report["comparison"] = comparison.paired("<b>base</b>", before, model)
     return write_page(folder, "outputs/Run", before, report, model)
 
