@@ -101,7 +101,8 @@ def figure(logs: dict[str, list[dict]]):
         if title.startswith(SHARES) and shown:
             axes.set_ylim(-0.03, 1.03)
         if title.startswith("reward"):
-            axes.set_ylim(-0.1, 4.1)
+            low, high = axes.get_ylim()  # a reward of the user's own may pay more
+            axes.set_ylim(min(-0.1, low), max(4.1, high))
         if not shown:
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color="grey")
         axes.set_xlabel("step", fontsize=9)

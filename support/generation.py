@@ -46,7 +46,10 @@ def load_policy(name: str, revision: str | None = None, use_cpu: bool = False, t
     found = checkpoints(name)
     with loading("model", name, f"It holds {found[-1].name}: evaluate that" if found else ELSEWHERE):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[device], **options)
-    return model.to(device).eval()
+    try:
+        return model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise BadInput(f"model {name!r}: the GPU has no room for it. Free it, or say --use_cpu") from error
 
 
 def complete(

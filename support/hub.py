@@ -27,7 +27,7 @@ def loading(what: str, name: str, instead: str, *errors: type[Exception]):
         yield
     except BadInput:
         raise
-    except (OSError, ValueError, httpx.HTTPError, SafetensorError, *errors) as error:
+    except (OSError, ValueError, ImportError, httpx.HTTPError, SafetensorError, *errors) as error:
         reason = trouble(error, what, name, instead) or f"it cannot be loaded ({str(error).strip()}). {instead}"
         raise BadInput(f"{what} {name!r}: {reason}") from error
 

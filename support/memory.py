@@ -11,6 +11,7 @@ from support import processes
 from support.errors import RunStopped
 from support.hub import ELSEWHERE, loading
 
+ADAMW = ("adamw_torch", "adamw_torch_fused")  # whose two moments are of the weights' own type
 NF4_BYTES = 0.5 + 4 / 64  # a 4-bit weight, and an fp32 scale for each 64 of them
 USABLE = 0.9  # of the memory: the rest is CUDA's own share and what the allocator cannot use
 FULL_PASS = 2048  # tokens; smaller passes leave a GPU waiting for launches, and then recomputing is the lesser cost
@@ -41,13 +42,19 @@ def gpu_memory(model, settings, quantized: bool = False) -> dict[str, int]:
     return {
         "weights": int(weights),
         "gradients": gradients,
-        "optimizer": 2 * gradients,
+        "optimizer": optimizer_states(settings, gradients),
         "reference": int(weights) if settings.beta and not is_lora else 0,
         "buckets": gradients if settings.world_size > 1 else 0,
         "casts": 2 * sum(p.numel() for p in matrices) if half and not quantized else 0,
         "activations": _activations(model.config, settings),
         "cache": 0 if settings.use_vllm else _cache(model.config, settings),
     }
+
+
+def optimizer_states(args, trained: int) -> int:
+    """Bytes of the optimizer's states for so many bytes of trained weights: AdamW's two moments, which are exact; of
+    another optimizer nothing is counted."""
+    return 2 * trained if args.optim in ADAMW else 0
 
 
 def size(parameters) -> int:
@@ -103,8 +110,7 @@ def settle(settings) -> None:
         settings.gradient_checkpointing = settings.gradient_checkpointing is not False
         return
     batch = settings.per_device_train_batch_size
-    with loading("model", settings.model_name_or_path, ELSEWHERE):
-        model = shape(settings)
+    model = shape(settings)
     total = min(processes.gathered(device_memory(settings.device)))
     fit(model, settings, total)
     if settings.per_device_train_batch_size < batch:
@@ -121,7 +127,8 @@ def shape(settings):
     """The policy on the `meta` device, with a new adapter for LoRA: its shapes without its numbers.
 
     Raises:
-        OSError, ValueError: the model's configuration cannot be read, or is not that of a causal language model.
+        BadInput: the model's configuration cannot be read, or is not that of a causal language model.
+        ValueError: it has none of the modules that the adapter is for.
     """
     import torch
     from peft import get_peft_model
@@ -129,10 +136,11 @@ def shape(settings):
     from trl import get_peft_config
 
     trust = {"trust_remote_code": settings.trust_remote_code}
-    config = AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision, **trust)
     dtype = settings.dtype if settings.dtype in ("float32", "bfloat16", "float16") else "float32"
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **trust)
+        with loading("model", settings.model_name_or_path, ELSEWHERE):
+            config = AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision, **trust)
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **trust)
         return get_peft_model(model, get_peft_config(settings)) if settings.use_peft else model
 
 
@@ -220,8 +228,9 @@ def _bytes(name: str, parameter, quantized: bool) -> float:
 def _shape(config) -> tuple[int, int, int, int]:
     """Layers, hidden size, size of all keys (or values) of a token, size of the MLP."""
     config = config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = head * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    heads = getattr(config, "num_attention_heads", None) or 1  # a state-space model has none
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = head * (getattr(config, "num_key_value_heads", None) or heads)
     mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # what GPT-2's and Falcon's leave out
     return config.num_hidden_layers, config.hidden_size, keys, mlp
 
@@ -240,5 +249,6 @@ def _activations(config, settings) -> int:
 def _cache(config, settings) -> int:
     layers, _, keys, _ = _shape(config)
     width = 2 if settings.bf16 or settings.fp16 else 4
-    tokens = settings.generation_batch_size * (settings.max_prompt_length + settings.max_completion_length)
+    completions = settings.generation_batch_size // settings.world_size
+    tokens = completions * (settings.max_prompt_length + settings.max_completion_length)
     return tokens * layers * 2 * keys * width

@@ -1,6 +1,7 @@
 """GSM8K problems from the Hub or a local folder, checked row by row; the tokenizer that measures their prompts."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def is_path(name: str) -> bool:
 
 def expand(name: str) -> str:
     """A name with its leading `~` spelled out, where it has one."""
-    return str(Path(name).expanduser()) if name.startswith("~") else name
+    return os.path.expanduser(name)
 
 
 def _read_jsonl(folder: Path, split: str) -> list[tuple[int, object]]:
@@ -153,6 +154,8 @@ def tokenize(tokenizer, prompts: list[list[dict]], chat_template_kwargs: dict | 
     """
     from jinja2 import TemplateError
 
+    if not isinstance(chat_template_kwargs or {}, dict):
+        raise BadInput(f"CHAT_TEMPLATE_KWARGS is {chat_template_kwargs!r}, not like '{{\"enable_thinking\": false}}'")
     options = {"add_generation_prompt": True, **(chat_template_kwargs or {})}
     first = prompts[0][0] if prompts else {"role": "none"}
     name, remedy = tokenizer.name_or_path, "Choose a model that takes one; evaluate.py --native measures without it."

@@ -9,7 +9,7 @@ from transformers import ProgressCallback
 from rewards import completion_text, extract_xml_answer
 from support import processes
 from support.generation import vllm_obstacle
-from support.memory import device_memory, gpu_memory, needed
+from support.memory import ADAMW, device_memory, gpu_memory, needed
 from support.record import device_name, printable
 from support.resuming import inexact_because
 
@@ -34,13 +34,15 @@ def plan(trainer, settings, max_steps: int, start_step: int) -> str:
     completions = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     reference = f"KL to a reference model, beta {args.beta}" if args.beta else "no reference model (beta 0)"
     is_regular = args.save_strategy == "steps"
-    saves = f"every {args.save_steps:g} steps" if is_regular else f"by strategy {args.save_strategy.value!r}"
+    every = f"{args.save_steps:g} steps" if args.save_steps >= 1 else f"{args.save_steps:.0%} of all steps"
+    saves = f"every {every}" if is_regular else f"by strategy {args.save_strategy.value!r}"
+    moments = f"AdamW states {_name(trained[0].dtype)}" if args.optim in ADAMW else f"optimizer {args.optim}"
     name = policy.config._name_or_path
     if settings.use_peft and settings.cold_start_examples:
         name += " with the cold start's adapter"
     lines = {
         "policy": f"{name}, {_millions(policy.parameters())} parameters, {_millions(trained)} of them trained",
-        "precision": f"weights {weights}, compute {compute}, AdamW states {_name(trained[0].dtype)}",
+        "precision": f"weights {weights}, compute {compute}, {moments}",
         "device": (f"{args.world_size} processes, on " if args.world_size > 1 else "") + device_name(args.device),
         **({"memory": _memory(policy, settings)} if args.device.type == "cuda" else {}),
         "generation": f"{_backend(settings)}, {args.generation_batch_size} completions at a time, "

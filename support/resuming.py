@@ -78,8 +78,9 @@ def _choose(settings) -> str | None:
         if checkpoint is None and not (Path(chosen) / "run.json").is_file():
             print(f"{chosen}: no run is there yet, this one is the first")
             return None
-        origin = read_run(Path(chosen)).get("settings", {}).get("resume_from_checkpoint")
-        if checkpoint is None and origin:
+        run = read_run(Path(chosen))
+        origin = run.get("settings", {}).get("resume_from_checkpoint")
+        if checkpoint is None and origin and run.get("outcome") != "finished":
             print(f"{chosen}: no checkpoint of its own yet, going on from {origin}, as it began")
             if wrong := flaw(Path(origin)) or altered(Path(origin)):
                 raise RunStopped(f"{origin}: {wrong}", status=2)

@@ -116,12 +116,11 @@ class _Parser(TrlParser):
             self.error(f"the constant {name.upper()} is no flag, so that nothing would read it; --help lists all flags")
         self.recipe = {action.dest: self.get_default(action.dest) for action in self._actions} | defaults
         defaults |= demo.settings() if is_demo else {}
-        self.dtype = defaults["dtype"]
-        self.rates = {name: defaults[name] for name in RATES}
+        self.dtype = (self.recipe | defaults)["dtype"]
+        self.rates = {name: (self.recipe | defaults)[name] for name in RATES}
         self.set_defaults(**defaults | dict.fromkeys((*RATES, "dtype")))  # None: not given; depends on others then
         self.optional = {action.dest for action in self._actions if action.default is None}
-        lora = [action.dest for action in self._actions if action.dest.startswith("lora_")]
-        self.lora = {name: self.get_default(name) for name in lora}
+        self.defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
 
     def parse_known_args(self, args=None, namespace=None):
         flags, unknown = super().parse_known_args(args, namespace)
@@ -129,11 +128,9 @@ class _Parser(TrlParser):
             self.error("the demo is asked for by a bare `--demo` on the command line, without true or false")
         if misfits := _misfits(flags, self.optional):
             self.refuse(misfits)  # nothing else can be said about them
+        idle = self.without_effect(flags)
         self.settle(flags)
-        problems = [f"unknown flag or stray value {word!r}; --help lists all flags" for word in unknown]
-        for name, default in () if flags.use_peft else self.lora.items():
-            if getattr(flags, name) != default:
-                problems.append(f"--{name} has no effect without --use_peft true")
+        problems = idle + [f"unknown flag or stray value {word!r}; --help lists all flags" for word in unknown]
         problems += find_problems(flags) if processes.is_main() else []
         if problems:
             self.refuse(problems)
@@ -151,6 +148,16 @@ class _Parser(TrlParser):
         if flags.demo:
             demo.name_sources(flags)
         return flags, unknown
+
+    def without_effect(self, flags: argparse.Namespace) -> list[str]:
+        """Flags of something that is not asked for."""
+        parts = (("lora_", "use_peft", "true"), ("cold_start_", "cold_start_examples", "N"))
+        return [
+            f"--{name} has no effect without --{needed} {value}"
+            for prefix, needed, value in parts
+            for name, default in self.defaults.items()
+            if name.startswith(prefix) and not getattr(flags, needed) and getattr(flags, name) != default
+        ]
 
     def settle(self, flags: argparse.Namespace) -> None:
         """Settings that depend on others where they are not given."""
@@ -171,7 +178,7 @@ class _Parser(TrlParser):
 
     def exit(self, status=0, message=None):
         processes.linger()
-        super().exit(status, message if processes.is_main() else None)
+        super().exit(status, message if processes.is_first_here() else None)
 
     def error(self, message):
         self.exit(2, f"train_grpo.py: {printable(message)}\n{self.usage}\n")

@@ -151,7 +151,14 @@ def test_without_a_whole_checkpoint_nothing_starts(copy, policy, data, capsys):
     assert "optimizer.pt is damaged; `auto` takes the newest whole" in error
 
 
-def test_a_finished_run_without_checkpoints_is_not_trained_again(copy, policy, data, capsys):
+@pytest.mark.parametrize("began", [None, "its own", "another's"])
+def test_a_finished_run_without_checkpoints_is_not_trained_again(began, copy, policy, data, tmp_path, capsys):
+    """Resumed on its way or not."""
+    other = shutil.copytree(copy / "checkpoint-20", tmp_path / "other" / "checkpoint-20")
+    run = json.loads((copy / "run.json").read_text())
+    origin = {"its own": copy / "checkpoint-20", "another's": other}.get(began)
+    run["settings"]["resume_from_checkpoint"] = origin and str(origin)
+    (copy / "run.json").write_text(json.dumps(run))
     (copy / "cold-start").mkdir()
     for path in checkpoints(copy):
         shutil.rmtree(path)

@@ -66,6 +66,13 @@ def test_the_titles_say_what_people_look_for_and_rewards_share_one_scale():
     assert {line.get_ydata()[-1] for line in axes.lines} == {1.0}, "each as a share of what it pays"
 
 
+def test_a_reward_that_pays_more_stays_in_the_picture():
+    picture = curves.figure({"mine": [{"step": step, "reward": 2.0 * step} for step in range(1, 5)]})
+    low, high = picture.axes[0].get_ylim()
+    assert low <= 0
+    assert high >= 8
+
+
 def test_of_several_runs_a_colour_is_a_run_and_dashes_are_a_curve():
     picture = curves.figure({"outputs/one": LOG, "outputs/$two$": LOG})
     (legend,) = picture.legends

@@ -43,6 +43,21 @@ def test_full_fine_tuning_holds_sixteen_bytes_a_parameter(model, tmp_path):
     assert 30e9 < peak(parts) < 32e9, "the README's 31 GB"
 
 
+def test_another_optimizers_states_are_no_reason_to_refuse(model, tmp_path):
+    """Those in 8 bits, or without moments, are less than AdamW's by an amount that is not known here."""
+    parts = computed(model, tmp_path, "--optim", "adamw_bnb_8bit")
+    assert held(parts) == 8 * PARAMETERS
+
+
+def test_each_process_has_the_keys_and_values_of_its_own_completions(model, tmp_path):
+    run = settings(tmp_path)
+    alone = gpu_memory(model, run)["cache"]
+    run.generation_batch_size *= 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run), "world_size", 8)
+        assert gpu_memory(model, run)["cache"] == alone
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
 def test_other_architectures_have_a_need_too(kind, tmp_path):
     """GPT-2's config has no size of the MLP, and Gemma 3's keeps the text model's sizes a level below."""

@@ -45,6 +45,7 @@ MISTAKES = [
     (["--enable_jit_checkpoint", "true"], ["SIGTERM"], "two that save on a signal"),
     (["--save_only_model", "true"], ["could not be resumed"], "half a checkpoint"),
     (["--lora_r", "8"], ["--lora_r has no effect without --use_peft true"], "a rank of no adapter"),
+    (["--cold_start_epochs", "3"], ["no effect without --cold_start_examples N"], "a stage that is not asked for"),
     (["--load_in_4bit", "true"], ["--use_peft true"], "4-bit weights cannot be trained"),
     (["--load_in_8bit", "true"], ["--load_in_4bit"], "not covered"),
     (["--vllm_mode", "server"], ["VLLM_MODE server needs"], "a vLLM server without vLLM"),

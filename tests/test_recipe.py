@@ -258,6 +258,13 @@ def test_bad_data_is_one_message_and_no_traceback(policy, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_templates_settings_that_are_no_object_are_one_message(policy, data, tmp_path):
+    done = start("train_grpo.py", *flags(policy, data, tmp_path / "run", chat_template_kwargs="enable_thinking=false"))
+    assert done.returncode != 0
+    assert "CHAT_TEMPLATE_KWARGS is 'enable_thinking=false'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_too_few_problems_for_one_generation_is_an_error(policy, tmp_path):
     write_jsonl(tmp_path / "data" / "train.jsonl", [problem(1, 1)])
     done = start("train_grpo.py", *flags(policy, tmp_path / "data", tmp_path / "run", eval_steps="0"))

@@ -37,6 +37,15 @@ def test_a_constant_that_is_no_flag_is_a_mistake(capsys):
     assert "the constant LEARNING_RTE is no flag" in capsys.readouterr().err
 
 
+def test_a_constant_that_is_deleted_leaves_trls_default(policy, tmp_path):
+    constants = {name: value for name, value in vars(train_grpo).items() if name not in ("LEARNING_RATE", "DTYPE")}
+    run = read_settings(
+        constants, ["--use_cpu", "true", "--model_name_or_path", str(policy), "--output_dir", str(tmp_path)]
+    )
+    assert run.learning_rate == 1e-6
+    assert run.dtype == "float32"
+
+
 def test_lora_trains_all_linear_layers_at_ten_times_the_rate_unless_one_is_given(policy, tmp_path):
     words = ["--model_name_or_path", policy, "--output_dir", tmp_path / "run", "--use_peft", "true"]
     run = settings(*words)
