@@ -203,14 +203,14 @@ class _Guard(TrainerCallback):
             os.write(2, message.encode())  # unlike print, safe in the middle of a print
 
     def on_train_begin(self, args, state, control, model, train_dataloader, optimizer, lr_scheduler, **kwargs):
-        from accelerate.data_loader import get_sampler
-
         _check_weights(model, "the policy to start from")
         state.compute_steps(args, state.max_steps)  # or a resumed run saves and logs as often as before
         _set_rates(args, optimizer, lr_scheduler)
         # TRL's sampler shuffles anew each epoch, from where its generator stands, which no checkpoint holds
+        batches = train_dataloader.batch_sampler
+        sampler = getattr(batches, "batch_sampler", batches).sampler  # of several processes each has a shard around it
         for _ in range(int(state.epoch or 0) if getattr(args, "shuffle_dataset", False) else 0):
-            next(iter(get_sampler(train_dataloader)))
+            next(iter(sampler))
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         import torch

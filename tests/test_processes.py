@@ -137,6 +137,22 @@ def test_two_processes_resume_to_the_same_weights(two, policy, data, tmp_path):
     assert identical(weights(run), weights(two[0]))
 
 
+def test_two_processes_resume_after_the_first_epoch(policy, data, tmp_path):
+    """Of which there are two steps, of two problems each."""
+    run, few = tmp_path / "run", shutil.copytree(data, tmp_path / "data")
+    rows = (few / "train.jsonl").read_text().splitlines()[:4]
+    (few / "train.jsonl").write_text("\n".join(rows) + "\n")
+    words = flags(policy, few, run, max_steps="5", save_steps="1", save_total_limit="2", eval_steps="0")
+    status, out = finished(*words)
+    assert status == 0, out[-4000:]
+    whole = weights(run)
+    shutil.rmtree(run / "checkpoint-5")
+    status, out = finished(*words, "--resume_from_checkpoint", "auto")
+    assert status == 0, out[-4000:]
+    assert "resuming after step 4" in out
+    assert identical(weights(run), whole)
+
+
 def test_a_finished_run_ends_before_python_takes_itself_apart(two, policy, data, tmp_path, monkeypatch):
     """Gloo's threads may still hold tensors then, which aborts a process now and then; here one always does."""
     run, script = tmp_path / "run", tmp_path / "aborts_late.py"
@@ -200,7 +216,9 @@ def test_a_process_that_dies_ends_the_run_with_a_whole_checkpoint(policy, data, 
     run = tmp_path / "run"
     process = launch(*flags(policy, data, run, **LONG))
     out = until(process, "step  12/400")
-    teaching = [[(half["advantage"] != 0).sum() for half in (table[:4], table[4:])] for table in steps(run)]
+    tables = [run / "completions" / f"completions_{step:05d}.parquet" for step in range(1, 12)]
+    halves = [(table[:4], table[4:]) for table in map(pd.read_parquet, tables)]
+    teaching = [[(half["advantage"] != 0).sum() for half in pair] for pair in halves]
     assert any(first != second for first, second in teaching), "of which TRL gathers a number a row in every process"
     children = psutil.Process(process.pid).children(recursive=True)
     next(child for child in children if child.environ().get("RANK") == "1").kill()
