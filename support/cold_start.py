@@ -92,7 +92,7 @@ def from_itself(samples: list[dict], count: int, settings, policy, tokenizer) ->
     torch.manual_seed(settings.seed)
     tried, kept = 0, []
     problems = random.Random(settings.seed).sample(samples, min(len(samples), TRIES * count))
-    device, at_once = policy.device.type, settings.generation_batch_size
+    device, at_once = policy.device.type, settings.generation_batch_size // settings.world_size  # this process alone
     while len(kept) < count and tried < len(problems):
         batch = problems[tried : tried + at_once]
         prompts = [to_prompt(sample["prompt"][-1]["content"], one_shot=True) for sample in batch]
@@ -151,6 +151,8 @@ def cold_start(settings, tokenizer, samples: list[dict], run) -> tuple:
         _teach(settings, folder, examples, tokenizer, run)
         gc.collect()  # the stage's weights and optimizer, before GRPO's
         torch.cuda.empty_cache()
+        if processes.is_sharded():
+            _forget_sharding(settings)
     for path in checkpoints(folder) if processes.is_main() else ():
         shutil.rmtree(path)
     processes.wait()
@@ -163,6 +165,16 @@ def cold_start(settings, tokenizer, samples: list[dict], run) -> tuple:
         print(f"the other {len(left):,} are left for GRPO")
     policy = _load_adapter(folder, settings) if settings.use_peft else str(folder)
     return policy, samples if settings.cold_start_reuse else left
+
+
+def _forget_sharding(settings) -> None:
+    """GRPO's trainer shards anew: accelerate would give it the stage's FSDP, which saves whole policies by now, and
+    refuse it a DeepSpeed of its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    if settings.deepspeed_plugin:
+        settings.deepspeed_plugin.set_deepspeed_weakref()  # Transformers knows it as the newest
 
 
 def _folder(settings) -> Path:
@@ -220,6 +232,11 @@ def _examples(folder: Path, settings, tokenizer, samples: list[dict]) -> list[di
     count = settings.cold_start_examples
     if settings.cold_start_source == "dataset":
         return from_dataset(samples, count, settings, tokenizer)
+    if settings.deepspeed_plugin and settings.deepspeed_plugin.zero_stage == 3:
+        raise BadInput(
+            "COLD_START_SOURCE = 'self' with ZeRO-3: one process alone cannot load the policy that it samples from. "
+            "Use ZeRO-2 or FSDP, or COLD_START_SOURCE = 'dataset'"
+        )
     trust = settings.trust_remote_code
     policy = load_policy(settings.model_name_or_path, settings.model_revision, settings.use_cpu, trust)
     return from_itself(samples, count, settings, policy, tokenizer)

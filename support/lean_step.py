@@ -37,9 +37,9 @@ class LeanGRPOTrainer(trl.GRPOTrainer):
         policy = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         kinds = getattr(policy.config.get_text_config(), "layer_types", None) or ["full_attention"]
         keeps_all = set(kinds) == {"full_attention"} and not policy._is_stateful and policy._supports_logits_to_keep()
-        # a layer that is computed again for its gradient knows no keys and values, and ZeRO-3 has let go of the weights
-        # before their second gradient of a pass
-        reusable = not args.gradient_checkpointing and not is_deepspeed_zero3_enabled()
+        # a layer that is computed again for its gradient knows no keys and values, and FSDP and ZeRO-3 let go of its
+        # weights before their second gradient of a pass
+        reusable = not (args.gradient_checkpointing or self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
         self.shares = args.lean_step and keeps_all and reusable and not self.aux_loss_enabled
 
     def update_in_words(self) -> str:

@@ -20,7 +20,8 @@ begin, hardware = AcceleratorState.__init__, preflight._hardware
 
 def begin_sharded(self, *args, fsdp_plugin=None, **kwargs):
     begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+    kinds = (DistributedType.MULTI_CPU, DistributedType.FSDP)  # the latter after a stage that was sharded
+    if fsdp_plugin is not None and self.distributed_type in kinds and "fsdp_plugin" not in self.__dict__:
         self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 

@@ -57,6 +57,22 @@ def test_zero_leaves_an_ordinary_policy_with_the_weights_of_whole_copies(whole, 
     assert "strict accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_zero_goes_on_to_grpo_after_a_cold_start(stage, policy, data, tmp_path):
+    cold = {"cold_start_examples": "8", "cold_start_batch_size": "4", "cold_start_epochs": "1"}
+    cold |= {"max_steps": "1", "max_completion_length": "40", "use_cpu": None}
+    status, out = finished(*words(policy, data, tmp_path / "run", **cold), **rehearsed(stage))
+    assert status == 0, out[-4000:]
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_with_zero_3_a_policy_is_no_source_of_its_own_cold_start(policy, data, tmp_path):
+    cold = {"cold_start_examples": "8", "cold_start_source": "self", "use_cpu": None}
+    status, out = finished(*words(policy, data, tmp_path / "run", **cold), **rehearsed("zero3"))
+    assert status == 1
+    assert "COLD_START_SOURCE = 'self' with ZeRO-3" in out, out[-4000:]
+
+
 def test_zero_stops_at_sigterm_and_goes_on_to_the_same_weights(whole, policy, data, tmp_path):
     stage, run = whole
     again = [*words(policy, data, tmp_path / "run", use_cpu=None), "--resume_from_checkpoint", "auto"]

@@ -74,10 +74,12 @@ def test_checkpoints_in_shards_do_not_change_the_run_and_resume_to_the_same_weig
     assert identical(weights(run), weights(whole[0]))
 
 
-def test_the_lean_step_of_a_sharded_policy_has_the_gradient_of_a_whole_one(policy, data, tmp_path):
+@pytest.mark.parametrize("recompute", ["true", "false"])
+def test_the_lean_step_of_a_sharded_policy_has_the_gradient_of_a_whole_one(recompute, policy, data, tmp_path):
     """With plain gradient descent at rate 1 the weights move by the gradient itself."""
     step = {"max_steps": "1", "save_steps": "1", "optim": "sgd", "learning_rate": "1", "warmup_steps": "0"}
     step |= {"max_grad_norm": "0", "weight_decay": "0", "eval_steps": "0", "gradient_accumulation_steps": "4"}
+    step["gradient_checkpointing"] = recompute
     for name, lean, how in (("sharded", "true", REHEARSED), ("copied", "false", {})):
         words = flags(policy, data, tmp_path / name, **step, lean_step=lean, seed="3")
         status, out = finished(*words, **how)
@@ -94,8 +96,11 @@ def test_a_sharded_cold_start_goes_on_to_grpo_and_saves_right_after_measuring(po
     run = tmp_path / "run"
     cold = {"cold_start_examples": "8", "cold_start_batch_size": "4", "cold_start_epochs": "1"}
     epoch = {"max_steps": "-1", "save_strategy": "epoch", "eval_steps": "3", "per_device_train_batch_size": "16"}
-    status, out = finished(*flags(policy, data, run, **cold, **epoch, max_completion_length="40"), **REHEARSED)
+    how = {**REHEARSED, "how": SHARDED}
+    words = flags(policy, data, run, **cold, **epoch, max_completion_length="40")
+    status, out = finished(*words, **how)
     assert status == 0, out[-4000:]
+    assert (run / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir(), "GRPO saves as the command says"
     assert json.loads((run / "cold-start" / "done.json").read_text())["log"][-1]["step"] == 2
     assert "held out at step 3/3" in out
     assert flaw(run / "checkpoint-3") is None
