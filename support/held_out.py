@@ -100,7 +100,8 @@ class HeldOut(TrainerCallback):
 def _greedy(engine):
     """TRL's engine (`VLLMGeneration`) decodes greedily, and samples as before after that."""
     greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-    greedy |= {"generation_kwargs": {}, "structured_outputs_regex": None}
+    # a request without a seed draws one from the process' random state, from which training would draw the next
+    greedy |= {"generation_kwargs": {"seed": 0}, "structured_outputs_regex": None}
     before = {name: getattr(engine, name) for name in greedy}
     vars(engine).update(greedy)
     try:

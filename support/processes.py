@@ -22,6 +22,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_first_here() -> bool:
+    """Whether this is the first process on its machine, which says what is wrong there."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def is_sharded() -> bool:
     """Whether FSDP or DeepSpeed splits the policy, its gradients or its optimizer between processes."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))

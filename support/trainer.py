@@ -93,7 +93,8 @@ class GRPOTrainer(_Recipe, LeanGRPOTrainer):
         if self.args.use_vllm:
             self._check_server()
             # vLLM's engine samples from the process' random state, and has just seeded it with a number of its own
-            set_seed(self.args.seed, device_specific=True)
+            # processes that share an engine must sample the same
+            set_seed(self.args.seed + processes.rank() // self.args.vllm_tensor_parallel_size)
             has_own_way = processes.is_sharded() or self.is_quantized or self.args.lora_target_parameters
             if isinstance(self.model, PeftModel) and not has_own_way:
                 self.vllm_generation._iter_named_params = partial(_merged, self.model)
