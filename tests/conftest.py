@@ -12,6 +12,12 @@ import pytest
 # the tests share the machine's cores (`-n` in pyproject.toml), and several threads each would wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":  # all other tests are about the CPU, also where there is a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 ROOT = Path(__file__).parents[1]
 GSM8K = Path(os.environ.get("GSM8K", ROOT.parent / "shared" / "gsm8k"))  # the real dataset; without it its tests skip
 
