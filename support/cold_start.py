@@ -17,6 +17,7 @@ import json
 import random
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from rewards import XML_COT_FORMAT, is_strict_format, to_prompt
@@ -151,8 +152,8 @@ def cold_start(settings, tokenizer, samples: list[dict], run) -> tuple:
         _teach(settings, folder, examples, tokenizer, run)
         gc.collect()  # the stage's weights and optimizer, before GRPO's
         torch.cuda.empty_cache()
-        if processes.is_sharded():
-            _forget_sharding(settings)
+        if settings.deepspeed_plugin:
+            _forget_deepspeed(settings)
     for path in checkpoints(folder) if processes.is_main() else ():
         shutil.rmtree(path)
     processes.wait()
@@ -167,14 +168,23 @@ def cold_start(settings, tokenizer, samples: list[dict], run) -> tuple:
     return policy, samples if settings.cold_start_reuse else left
 
 
-def _forget_sharding(settings) -> None:
-    """GRPO's trainer shards anew: accelerate would give it the stage's FSDP, which saves whole policies by now, and
-    refuse it a DeepSpeed of its own."""
+def _forget_deepspeed(settings) -> None:
+    """GRPO's trainer shards anew, with a plugin of its own, which accelerate takes from a first trainer alone."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()
-    if settings.deepspeed_plugin:
-        settings.deepspeed_plugin.set_deepspeed_weakref()  # Transformers knows it as the newest
+    settings.deepspeed_plugin.set_deepspeed_weakref()  # Transformers takes the newest settings' for the one in use
+
+
+@contextmanager
+def _sharding_kept(trainer):
+    """FSDP saves a training's final policy whole, and has to go on as accelerate was told after this stage."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    names = ("state_dict_type", "state_dict_config", "optim_state_dict_config")
+    before = {name: getattr(plugin, name) for name in names} if plugin else {}
+    yield
+    for name, value in before.items():
+        setattr(plugin, name, value)
 
 
 def _folder(settings) -> Path:
@@ -306,7 +316,7 @@ def _teach(settings, folder: Path, examples: list[dict], tokenizer, run) -> None
     trainer.add_callback(Lines())
     remedies = [f"COLD_START_BATCH_SIZE below {settings.cold_start_batch_size}", *LARGE_REMEDIES]
     folder.mkdir(exist_ok=True, parents=True)
-    with faults_explained(settings, remedies), protected(trainer, run, more_follows=True):
+    with faults_explained(settings, remedies), protected(trainer, run, more_follows=True), _sharding_kept(trainer):
         if processes.is_main() and not (folder / "examples.jsonl").is_file():
             write_whole(folder / "begun.json", json.dumps(_stage(settings), indent=2) + "\n")
             write_whole(folder / "examples.jsonl", "".join(json.dumps(example) + "\n" for example in examples))

@@ -12,10 +12,15 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # of ninja: DeepSpeed compiles a part of itself
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()  # as the script itself does first of all
+
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_grpo
 from support import preflight

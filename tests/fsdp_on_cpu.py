@@ -7,10 +7,15 @@ sharding itself is torch's own, over gloo.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()  # as the script itself does first of all
+
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_grpo
 from support import preflight
@@ -20,8 +25,7 @@ begin, hardware = AcceleratorState.__init__, preflight._hardware
 
 def begin_sharded(self, *args, fsdp_plugin=None, **kwargs):
     begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-    kinds = (DistributedType.MULTI_CPU, DistributedType.FSDP)  # the latter after a stage that was sharded
-    if fsdp_plugin is not None and self.distributed_type in kinds and "fsdp_plugin" not in self.__dict__:
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 

@@ -135,7 +135,6 @@ def test_a_run_in_its_cold_start_resumes_to_the_same_run(cold_started, policy, d
     assert done.returncode == 0, done.stderr[-4000:]
     assert "going on from the cold start" in done.stdout
     assert "cold start 5/" not in done.stdout, "the finished stage is not done again"
-    assert not [*(tmp_path / "run" / "cold-start").glob("checkpoint-*")], "nor are its checkpoints kept"
     assert identical(weights(whole / "cold-start"), weights(tmp_path / "run" / "cold-start"))
     assert identical(weights(whole), weights(tmp_path / "run"))
 
@@ -218,6 +217,15 @@ def test_a_stage_that_is_done_is_not_silently_kept_under_other_settings(cold_sta
     words = flags(policy, data, tmp_path / "run", **{**STAGE, "cold_start_epochs": 3, "allow_changed_settings": "true"})
     with pytest.raises(SystemExit, match="cold_start_epochs: 40 -> 3"):
         train_grpo.main([*words, "--resume_from_checkpoint", "auto"])
+
+
+def test_a_stage_that_ended_with_a_signal_leaves_no_checkpoint(cold_started, policy, data, tmp_path):
+    """That of its last step was still there when the run ended."""
+    shutil.copytree(cold_started[0], tmp_path / "run")
+    (tmp_path / "run" / "cold-start" / "checkpoint-120").mkdir()
+    (tmp_path / "run" / "checkpoint-4" / "model.safetensors").unlink()
+    train_grpo.main([*flags(policy, data, tmp_path / "run", **STAGE), "--resume_from_checkpoint", "auto"])
+    assert not [*(tmp_path / "run" / "cold-start").glob("checkpoint-*")]
 
 
 def test_a_stage_that_is_begun_is_not_gone_on_with_under_other_settings(cold_started, policy, data, tmp_path):
