@@ -35,7 +35,7 @@ def find_checkpoint(settings) -> str | None:
     """
     if (chosen := _choose(settings)) is None:
         return None
-    run = read_run(Path(chosen))
+    run = read_run(Path(settings.output_dir if settings.resume_from_checkpoint == "auto" else chosen))
     if "settings" not in run:
         print(f"{chosen}: no run.json beside it, so its settings are taken to be these")
     was_sharded = is_sharded(Path(chosen))
@@ -80,10 +80,11 @@ def _choose(settings) -> str | None:
             return None
         run = read_run(Path(chosen))
         origin = run.get("settings", {}).get("resume_from_checkpoint")
-        if checkpoint is None and origin and run.get("outcome") != "finished":
+        is_anothers = origin and Path(origin).resolve().parent != Path(chosen).resolve()
+        if checkpoint is None and is_anothers and run.get("outcome") != "finished":
             print(f"{chosen}: no checkpoint of its own yet, going on from {origin}, as it began")
             if wrong := flaw(Path(origin)) or altered(Path(origin)):
-                raise RunStopped(f"{origin}: {wrong}", status=2)
+                raise RunStopped(f"{origin}: {wrong}; start anew with another --output_dir", status=2)
             chosen = origin
     elif wrong := altered(Path(chosen)):
         raise RunStopped(f"{chosen}: {wrong}; `auto` takes the newest whole checkpoint", status=2)
