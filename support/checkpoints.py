@@ -11,7 +11,7 @@ from pathlib import Path
 from support import processes
 from support.checksums import CHECKSUMS, WEIGHTS, altered, write_checksums
 from support.errors import RunStopped
-from support.memory import gigabytes, optimizer_states, size
+from support.memory import gigabytes, size
 from support.record import resume_command
 
 SHARDS = ("latest", "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin")  # in a checkpoint by DeepSpeed, and by FSDP
@@ -131,7 +131,6 @@ class WholeCheckpoints:
                 processes.wait()
             if processes.is_main():
                 if not is_there:
-                    self._finish_current_push()  # which may upload an older checkpoint, which may go now
                     _move_in(scratch, folder, name)
                 whole = [path for path in checkpoints(folder) if flaw(path) is None]
                 for old in whole[: -self.args.save_total_limit]:
@@ -151,6 +150,10 @@ class WholeCheckpoints:
                 shutil.rmtree(scratch, ignore_errors=True)
         if self.args.push_to_hub and not is_there:
             self._push_from_checkpoint(str(folder / name))
+            self._finish_current_push()  # before anything changes what it reads
+            for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
+                if error := job.exception():
+                    print(f"{name} NOT pushed to the Hub: {str(error).strip().partition(chr(10))[0]}. It is saved here")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._saves_to is None:  # what is being written would go to the Hub whole, optimizer and all
@@ -205,7 +208,7 @@ def check_disk(trainer) -> None:
     args, policy = trainer.args, trainer.model
     is_lora = hasattr(policy, "peft_config")
     weights = size(p for p in policy.parameters() if p.requires_grad or not is_lora)
-    moments = optimizer_states(args, size(p for p in policy.parameters() if p.requires_grad))
+    moments = 2 * size(p for p in policy.parameters() if p.requires_grad)
     at_once = args.save_total_limit + 1  # one more than is kept, while the newest is written
     epochs, *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     if args.save_strategy == "steps" and args.save_steps >= 1:

@@ -219,6 +219,7 @@ def test_at_each_save_the_policy_is_pushed_without_its_checkpoints(policy, data,
     assert len(asked) >= 2
     assert "model.safetensors" in names
     assert not [name for name in names if "checkpoint-" in name]
+    assert "checkpoint-1 NOT pushed to the Hub: " in done.stdout
     assert "yyy" not in (tmp_path / "run" / "run.json").read_text(), "nor does the token go there"
 
 
