@@ -42,19 +42,13 @@ def gpu_memory(model, settings, quantized: bool = False) -> dict[str, int]:
     return {
         "weights": int(weights),
         "gradients": gradients,
-        "optimizer": optimizer_states(settings, gradients),
+        "optimizer": 2 * gradients,
         "reference": int(weights) if settings.beta and not is_lora else 0,
         "buckets": gradients if settings.world_size > 1 else 0,
         "casts": 2 * sum(p.numel() for p in matrices) if half and not quantized else 0,
         "activations": _activations(model.config, settings),
         "cache": 0 if settings.use_vllm else _cache(model.config, settings),
     }
-
-
-def optimizer_states(args, trained: int) -> int:
-    """Bytes of the optimizer's states for so many bytes of trained weights: AdamW's two moments, which are exact; of
-    another optimizer nothing is counted."""
-    return 2 * trained if args.optim in ADAMW else 0
 
 
 def size(parameters) -> int:
@@ -175,12 +169,13 @@ def check(model, settings, total: int) -> None:
     """Refuse what cannot fit on a GPU of `total` bytes, and warn of what may not, by the computed need.
 
     Raises:
-        RunStopped: weights, gradients and optimizer alone, which are exact, are more than the GPU has.
+        RunStopped: weights, gradients and AdamW's moments alone, which are exact, are more than the GPU has. Another
+            optimizer is taken to need as much, and warned of.
     """
     parts = gpu_memory(model, settings, settings.load_in_4bit)
     listed = "".join(f"\n  - {remedy}" for remedy in remedies(settings))
     most, kept = needed(parts, settings, total), held(parts)
-    if kept > total:
+    if kept > total and settings.optim in ADAMW:
         raise RunStopped(
             f"weights, gradients and optimizer need {gigabytes(kept)}, and the GPU has {gigabytes(total)}. What needs "
             f"less:{listed}"

@@ -36,7 +36,7 @@ def plan(trainer, settings, max_steps: int, start_step: int) -> str:
     is_regular = args.save_strategy == "steps"
     every = f"{args.save_steps:g} steps" if args.save_steps >= 1 else f"{args.save_steps:.0%} of all steps"
     saves = f"every {every}" if is_regular else f"by strategy {args.save_strategy.value!r}"
-    moments = f"AdamW states {_name(trained[0].dtype)}" if args.optim in ADAMW else f"optimizer {args.optim}"
+    moments = f"AdamW states {_name(trained[0].dtype)}" if args.optim in ADAMW else f"optimizer {args.optim.value}"
     name = policy.config._name_or_path
     if settings.use_peft and settings.cold_start_examples:
         name += " with the cold start's adapter"

@@ -114,6 +114,7 @@ def test_the_lean_step_of_two_processes_has_trls_gradient(policy, data, tmp_path
         words = flags(policy, data, tmp_path / lean, **step, lean_step=lean, seed="3")
         status, out = finished(*words)
         assert status == 0, out[-4000:]
+        assert "optimizer sgd" in out
     before, ours, theirs = weights(policy), weights(tmp_path / "true"), weights(tmp_path / "false")
     largest = max((theirs[name] - before[name]).abs().max().item() for name in before)
     assert largest > 1e-2
