@@ -304,8 +304,10 @@ def test_a_baseline_is_not_taken_from_another_revision(trained, policy, data, tm
     asked = ["--limit", "4", "--dataset_name", str(data), "--max_completion_length", "12"]
     baseline = tmp_path / "baseline"
     evaluate.main([str(policy), *asked, "--model_revision", "step-100", "--output_dir", str(baseline)])
+    monkeypatch.setattr(comparison, "home", lambda name: baseline)
     with pytest.raises(SystemExit, match="model revision: 'step-100' there"):
-        evaluate.main([str(run), "--compare", str(baseline), *asked])
+        evaluate.main([str(run), "--compare", "me/model", *asked, "--no-native"])
+    evaluate.main([str(run), "--compare", str(baseline), *asked, "--output_dir", str(tmp_path / "out")])
 
 
 def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path):
@@ -321,7 +323,7 @@ def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path)
         "system_prompt": task.system_prompt,
     }
     evaluation.save(tmp_path, task, report, rows)
-    assert comparison.load_evaluation(tmp_path, task) == (report, rows)
+    assert comparison.load_evaluation(tmp_path, task, str(tmp_path)) == (report, rows)
 
 
 # ---- an evaluation that ends early
