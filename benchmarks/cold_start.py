@@ -35,6 +35,8 @@ def steps_to_enough(folder: Path, policy: Path, seed: int, examples: int) -> tup
         "eval_steps": 5,
         "sample_every": 0,
     }
+    if not examples:  # its other settings would have no effect, which is refused
+        settings = {name: value for name, value in settings.items() if not name.startswith("cold_start_")}
     words = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
     command = [sys.executable, "-u", train_grpo.__file__, *words]
     begun, first, log = time.time(), None, folder.with_suffix(".err")

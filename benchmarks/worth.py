@@ -135,6 +135,8 @@ def measure(name: str, seed: int, out: Path) -> dict:
         "save_strategy": "no",
         **SETTINGS[name],
     }
+    if not settings.get("cold_start_examples"):  # the demo's other settings of it would have no effect, and be refused
+        settings = {key: value for key, value in settings.items() if not key.startswith("cold_start_")}
     train_grpo.main([word for key, value in settings.items() if value is not None for word in (f"--{key}", str(value))])
     return watch.result
 
