@@ -1,6 +1,6 @@
 """What each part of the recipe is worth on the demo: GRPO steps and seconds until the sums are right.
 
-    OMP_NUM_THREADS=1 python benchmarks/worth.py --out outputs/worth       # 5 seeds x 8 settings: an hour and a half
+    OMP_NUM_THREADS=1 python benchmarks/worth.py --out outputs/worth       # 5 seeds x 8 settings: 50 minutes
 
 Each seed teaches its own policy, as `python train_grpo.py --demo --seed SEED` does, and GRPO starts from it once for
 every setting, 64 completions a step each time. Greedy lenient accuracy is measured on 100 held-out problems every 5
