@@ -53,11 +53,8 @@ def native_obstacle(name: str) -> str | None:
 
 def baseline_evaluation(name: str, task: Task, **options) -> tuple[dict, list[dict]]:
     """The baseline's evaluation: the one in its folder, else made and saved there now."""
-    is_there = (Path(name) / f"{stem(task)}.json").is_file()
-    folder, which = (
-        Path(name) if is_there else home(name),
-        "native prompt" if task.native_instruction else "the recipe's prompt",
-    )
+    folder = Path(name) if (Path(name) / f"{stem(task)}.json").is_file() else home(name)
+    which = "native prompt" if task.native_instruction else "the recipe's prompt"
     if (folder / f"{stem(task)}.json").is_file():
         report, rows = load_evaluation(folder, task, name)
         print(f"baseline, {which}: the evaluation of {report['model']} in {folder}")
@@ -87,8 +84,9 @@ def baselines(name: str, task: Task, native: bool | None, **options) -> dict[str
     return columns
 
 
-def load_evaluation(folder: Path, task: Task, name: str) -> tuple[dict, list[dict]]:
-    """A finished evaluation of the same task out of a folder: that of the model `name`, or the folder itself.
+def load_evaluation(folder: Path, task: Task, model: str) -> tuple[dict, list[dict]]:
+    """A finished evaluation of the same task out of a folder: that of `model`, whose weights are looked at where they
+    are on disk.
 
     Raises:
         BadInput: it is damaged, or measured something else; the message says what.
@@ -101,15 +99,15 @@ def load_evaluation(folder: Path, task: Task, name: str) -> tuple[dict, list[dic
         asked = [(row["question"], row["gold"]) for row in rows]
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{folder}: its evaluation cannot be read ({error!r}); evaluate it again") from error
-    weights = [*Path(name).glob("*.safetensors")]
-    if weights and (of.resolve() != Path(name).resolve() or max(path.stat().st_mtime for path in weights) > written):
-        raise BadInput(f"{folder}: the evaluation there is of {of} or of earlier weights; evaluate {name} again first")
+    weights = [*Path(model).glob("*.safetensors")]
+    if weights and (of.resolve() != Path(model).resolve() or max(path.stat().st_mtime for path in weights) > written):
+        raise BadInput(f"{folder}: the evaluation there is of {of} or of earlier weights; evaluate {model} again first")
     differing = [
         f"{name.replace('_', ' ')}: {report.get(name)!r} there, {getattr(task, name)!r} here"
         for name in COMPARABLE
         if report.get(name) != getattr(task, name)
     ]
-    if report.get("model_revision") and not Path(name).is_dir():  # by its name on the Hub it is the newest
+    if report.get("model_revision") and not Path(model).is_dir():  # by its name on the Hub it is the newest
         differing.append(f"model revision: {report['model_revision']!r} there, the newest here")
     wanted = [(problem["question"], problem["answer"]) for problem in task.problems()]
     if asked != wanted:

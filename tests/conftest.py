@@ -14,9 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):
-    if "gpu" not in config.option.markexpr.replace(
-        "not gpu", ""
-    ):  # all other tests are about the CPU, also where there is a GPU
+    """All tests but those marked gpu are about the CPU, also where there is a GPU."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
