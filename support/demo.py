@@ -202,6 +202,7 @@ def has_carry(a: int, b: int) -> bool:
 def teach(folder: Path, seed: int, use_cpu: bool) -> None:
     """Train a tokenizer and the tiny policy on the careless teacher's lessons; save both in `folder`, which appears
     whole or not at all."""
+    from accelerate.state import AcceleratorState
     from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback, ProgressCallback, Qwen2ForCausalLM, set_seed
     from trl import SFTConfig, SFTTrainer
@@ -240,6 +241,7 @@ def teach(folder: Path, seed: int, use_cpu: bool) -> None:
             callback.on_log = lambda *args, **kwargs: None  # it would end with a raw dict of the seconds
     trainer.train()
     trainer.save_model()
+    AcceleratorState._reset_state()  # else GRPO's precision, bf16 on a GPU, would be refused in this process
     (partial / "teaching.json").write_text(json.dumps(_teaching()))
     write_checksums(partial)
     os.replace(partial, folder)

@@ -2,7 +2,7 @@
 
 import re
 
-from conftest import settings
+from conftest import settings, start
 
 from support import demo
 from support.problems import load_problems
@@ -34,6 +34,24 @@ def test_a_new_demo_takes_away_what_an_earlier_one_of_either_kind_left(tmp_path,
         (tmp_path / name).write_text('{"settings": {"demo": true}}')
     demo.prepare(settings("--demo", "--output_dir", tmp_path))
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+BRIEFLY_TAUGHT = """
+import sys
+import train_grpo
+from support import demo
+demo.TEACHING_STEPS = 3
+train_grpo.main(sys.argv[1:])
+"""
+
+
+def test_grpo_may_compute_in_bf16_after_a_teaching_in_fp32(tmp_path):
+    """As on every GPU, from nothing, in one process."""
+    words = ["--demo", "--bf16", "true", "--max_steps", 1, "--eval_steps", 0, "--output_dir", tmp_path / "demo"]
+    done = start(BRIEFLY_TAUGHT, *words)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "compute bfloat16" in done.stdout
+    assert "step 1/1" in done.stdout
 
 
 def test_the_teacher_forgets_six_carries_in_ten_and_formats_three_solutions_in_ten():
