@@ -155,6 +155,7 @@ def evaluate(
     use_vllm: bool | None = None,
     use_cpu: bool = False,
     trust_remote_code: bool = False,
+    vllm_gpu_memory_utilization: float | None = None,
     answers: Unfinished | None = None,
 ) -> tuple[dict, list[dict]]:
     """Evaluate a policy; with `use_vllm` None, by vLLM where it is installed with a GPU. `answers` keeps what
@@ -177,12 +178,16 @@ def evaluate(
     prompts = [task.prompt(problem["question"]) for problem in problems]
     if answers:
         answers.make_room()  # before hours of answers
-    if use_vllm is None:  # vLLM loads whole models, no adapters
-        use_vllm = vllm_obstacle(use_cpu) is None and not (Path(name) / "adapter_config.json").exists()
+    if use_vllm is None:
+        is_adapter = (Path(name) / "adapter_config.json").exists()
+        obstacle = "vLLM loads whole models, and this is an adapter" if is_adapter else vllm_obstacle(use_cpu)
+        use_vllm = obstacle is None
+        if obstacle and vllm_gpu_memory_utilization is not None:
+            print(f"--vllm_gpu_memory_utilization has no effect: Transformers decodes {name}, because {obstacle}")
     how_to_load = (revision, use_cpu, trust_remote_code)
     if use_vllm:
         limits = (task.max_completion_length, task.chat_template_kwargs)
-        completions = complete_with_vllm(name, tokenizer, prompts, *limits, *how_to_load)
+        completions = complete_with_vllm(name, tokenizer, prompts, *limits, *how_to_load, vllm_gpu_memory_utilization)
     else:
         policy = load_policy(name, *how_to_load)
         completions = _complete(name, policy, tokenizer, problems, prompts, task, batch_size, answers)

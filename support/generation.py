@@ -135,8 +135,10 @@ def complete_with_vllm(
     revision: str | None = None,
     use_cpu: bool = False,
     trust_remote_code: bool = False,
+    gpu_memory_utilization: float | None = None,
 ) -> list[dict]:
-    """`complete` with vLLM, which loads the model itself and batches as it sees fit.
+    """`complete` with vLLM, which loads the model itself and batches as it sees fit. `gpu_memory_utilization` is the
+    share of the GPU's memory that it takes, None vLLM's own default.
 
     Raises:
         BadInput: it cannot be loaded, or is not made for so long a text.
@@ -156,11 +158,12 @@ def complete_with_vllm(
             dtype=DTYPES["cpu" if use_cpu else "cuda"],
             max_model_len=longest,
             generation_config="vllm",  # not the model's own, which may sample or penalise repetition
+            **({} if gpu_memory_utilization is None else {"gpu_memory_utilization": gpu_memory_utilization}),
         )
     except (OSError, ValueError, RuntimeError) as error:  # the last where its engine, another process, does not start
-        without = "--use_vllm false generates with Transformers"
+        without = "--vllm_gpu_memory_utilization takes less of a GPU in use; --use_vllm false decodes with Transformers"
         raise BadInput(f"model {name!r}: vLLM cannot load it: {str(error).strip()}\n{without}") from error
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_completion_length)
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_completion_length, detokenize=False)
     # on a terminal, as `complete` has it; where TQDM_DISABLE turns the bar off, vLLM divides by its zero seconds
     bar = partial(tqdm, disable=False) if sys.stderr.isatty() else False
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in token_ids], sampling, use_tqdm=bar)

@@ -101,7 +101,8 @@ def _greedy(engine):
     """TRL's engine (`VLLMGeneration`) decodes greedily, and samples as before after that."""
     greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     # a request without a seed draws one from the process' random state, from which training would draw the next
-    greedy |= {"generation_kwargs": {"seed": 0}, "structured_outputs_regex": None}
+    more = {"seed": 0, "detokenize": False} if engine.mode == "colocate" else {"seed": 0}  # a server takes no such word
+    greedy |= {"generation_kwargs": more, "structured_outputs_regex": None}
     before = {name: getattr(engine, name) for name in greedy}
     vars(engine).update(greedy)
     try:

@@ -1,6 +1,7 @@
 """TRL's trainers as the recipe uses them: messages instead of tracebacks, what is trained in fp32, the run's report as
 model card, and vLLM's engine seeded and synced as a run needs it."""
 
+import atexit
 import os
 import shlex
 from copy import copy
@@ -89,15 +90,22 @@ class GRPOTrainer(_Recipe, LeanGRPOTrainer):
         if kwargs["args"].use_vllm and processes.count() == 1:
             # TRL takes 29500 where it is free, seconds before vLLM listens there: of two runs begun together one ends
             os.environ.setdefault("MASTER_PORT", str(get_free_port()))
+            atexit.register(processes.leave_groups)  # however the run ends
         super().__init__(model, **kwargs)
         if self.args.use_vllm:
             self._check_server()
             # vLLM's engine samples from the process' random state, and has just seeded it with a number of its own
             # processes that share an engine must sample the same
             set_seed(self.args.seed + processes.rank() // self.args.vllm_tensor_parallel_size)
+            engine = self.vllm_generation
             has_own_way = processes.is_sharded() or self.is_quantized or self.args.lora_target_parameters
             if isinstance(self.model, PeftModel) and not has_own_way:
-                self.vllm_generation._iter_named_params = partial(_merged, self.model)
+                engine._iter_named_params = partial(_merged, self.model)
+            if self.vllm_mode == "colocate":
+                engine._iter_named_params = partial(_load_at_once, engine, engine._iter_named_params)
+                # TRL reads token ids, so that text is made for stop strings alone
+                makes_text = bool(engine.generation_kwargs.get("stop"))
+                engine.generation_kwargs = {"detokenize": makes_text, **engine.generation_kwargs}
 
     def _check_server(self) -> None:
         """That it holds this run's model, which can be told by name alone."""
@@ -116,6 +124,14 @@ class GRPOTrainer(_Recipe, LeanGRPOTrainer):
         # keeps the bf16 copies of the weights for a whole generation; Transformers makes them anew for every token
         with self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
+
+
+def _load_at_once(engine, weights):
+    """In the place of `weights`, TRL's generator: TRL calls vLLM's `load_weights` once for each of them, and every call
+    looks through all modules of the model. Here one call takes them all, and TRL's loop has nothing left. vLLM loads a
+    weight before it asks for the next, so that FSDP, ZeRO and `_merged` still hold one at a time."""
+    engine.llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights(weights())
+    return ()
 
 
 def _merged(model):

@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +205,11 @@ def test_ask_prints_one_answer_and_writes_nothing(trained):
         ),
         (["./nowhere", "--compare", "RUN"], "nowhere': no such folder"),
         (["RUN", "--lim", "3"], "unrecognized arguments"),
+        (["./nowhere", "--vllm_gpu_memory_utilization", "0"], "must be above 0 and at most 1"),
+        (["./nowhere", "--vllm_gpu_memory_utilization", "30"], "must be above 0 and at most 1"),
+        (["./nowhere", "--vllm_gpu_memory_utilization", "nan"], "must be above 0 and at most 1"),
+        (["./nowhere", "--vllm_gpu_memory_utilization", "0.3", "--use_vllm", "false"], "use Transformers"),
+        (["./nowhere", "--vllm_gpu_memory_utilization", "0.3", "--ask", "2 + 2?"], "use Transformers"),
     ],
 )
 def test_a_users_mistake_is_one_clear_message(trained, words, message, capsys):
@@ -211,6 +218,31 @@ def test_a_users_mistake_is_one_clear_message(trained, words, message, capsys):
         evaluate.main(words)
     assert exit.value.code not in (0, None)
     assert message in capsys.readouterr().err + str(exit.value.code)
+
+
+def test_vllm_takes_the_share_of_the_gpu_that_it_is_given_for_both_models(trained, policy, data, tmp_path, monkeypatch):
+    shares = []
+
+    class Engine:
+        def __init__(self, model, **kwargs):
+            shares.append((model, kwargs.get("gpu_memory_utilization")))
+
+        def generate(self, prompts, *args, **kwargs):
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5], finish_reason="length")])] * len(prompts)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=dict))
+    monkeypatch.setattr(evaluation, "vllm_obstacle", lambda use_cpu: None)
+    run, baseline = str(trained[0]), str(shutil.copytree(policy, tmp_path / "baseline"))
+    words = ["--limit", "2", "--no-native", "--output_dir", str(tmp_path / "out")]
+    evaluate.main([run, "--compare", baseline, *words, "--vllm_gpu_memory_utilization", "0.3"])
+    evaluate.main([run, *words[:2], *words[3:]])
+    assert shares == [(baseline, 0.3), (run, 0.3), (run, None)], "without the flag vLLM's own default"
+
+
+def test_a_share_for_vllm_is_not_ignored_in_silence(trained, tmp_path, capsys):
+    words = ["--limit", "1", "--use_cpu", "--output_dir", str(tmp_path)]
+    evaluate.main([str(trained[0]), *words, "--vllm_gpu_memory_utilization", "0.3"])
+    assert "--vllm_gpu_memory_utilization has no effect: Transformers decodes" in capsys.readouterr().out
 
 
 # ---- comparison
