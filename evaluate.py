@@ -11,10 +11,10 @@ its native prompt, the baseline with the recipe's, and the model; what the first
 What is answered stays on disk: after Ctrl-C or a kill the same command goes on from there.
 """
 
-from support import interrupts
+from support import processes
 
 if __name__ == "__main__":
-    interrupts.end_at_once()  # on Ctrl-C, while what follows is imported
+    processes.end_at_once()  # on Ctrl-C, while what follows is imported
 
 import argparse
 import json
@@ -28,7 +28,6 @@ from support.errors import BadInput
 from support.evaluation import Task, check_weights, evaluate, save, stem
 from support.generation import BATCH_SIZE, complete, load_policy
 from support.problems import expand, load_tokenizer
-from support.processes import count, quiet
 from support.record import printable, read_run
 from support.report import write_report
 from support.side_by_side import write_page
@@ -63,6 +62,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
     add("--limit", type=int, help="only the first so many problems")
     add("--batch_size", type=int, default=BATCH_SIZE, help="problems at a time (%(default)s)")
     add("--use_vllm", type=json.loads, metavar="true|false", help="default: where it is installed with a GPU")
+    add("--vllm_gpu_memory_utilization", type=float, metavar="SHARE", help="of the GPU's memory (default: vLLM's own)")
     add("--use_cpu", action="store_true", help="even where there is a GPU")
     add("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add("--output_dir", help="where evaluation.json and .jsonl go (default: the model's folder)")
@@ -72,6 +72,10 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
     for name in ("limit", "batch_size", "max_completion_length"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if (share := flags.vllm_gpu_memory_utilization) is not None and not 0 < share <= 1:
+        parser.error("--vllm_gpu_memory_utilization must be above 0 and at most 1")
+    if share is not None and (flags.use_vllm is False or flags.ask is not None):
+        parser.error("--vllm_gpu_memory_utilization is for vLLM; --use_vllm false and --ask use Transformers")
     try:
         run = read_run(Path(flags.model))
     except BadInput as error:
@@ -96,7 +100,8 @@ def ask(flags: argparse.Namespace, task: Task) -> str:
 
 def options(flags: argparse.Namespace) -> dict:
     """How to run a model, as `evaluate` takes it."""
-    return {name: getattr(flags, name) for name in ("batch_size", "use_vllm", "use_cpu", "trust_remote_code")}
+    names = ("batch_size", "use_vllm", "use_cpu", "trust_remote_code", "vllm_gpu_memory_utilization")
+    return {name: getattr(flags, name) for name in names}
 
 
 def run(flags: argparse.Namespace, task: Task) -> None:
@@ -124,12 +129,12 @@ def run(flags: argparse.Namespace, task: Task) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    if count() > 1:
+    if processes.count() > 1:
         sys.exit("evaluate.py runs in one process: start it with python")
     flags, task = parse_flags(argv)
-    quiet()
+    processes.quiet()
     try:
-        interrupts.raise_again()
+        processes.raise_again()
         if flags.native and not flags.compare:
             if obstacle := native_obstacle(flags.model):
                 raise BadInput(f"--native: {obstacle}")

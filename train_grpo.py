@@ -15,17 +15,16 @@ A constant below is its flag in capitals: change LEARNING_RATE here, or say --le
 GRPOConfig and ModelConfig can be added here in the same way; one that is not here keeps TRL's default.
 """
 
-from support import interrupts
+from support import processes
 
 if __name__ == "__main__":
-    interrupts.end_at_once()  # on Ctrl-C, while what follows is imported
+    processes.end_at_once()  # on Ctrl-C, while what follows is imported
 
 from support import demo
 from support.cold_start import cold_start
 from support.evaluation import held_out_problems
 from support.faults import protected, supervised
 from support.problems import drop_long, load_problems, load_tokenizer
-from support.processes import on_main
 from support.record import printable
 from support.settings import Settings, read_settings
 
@@ -67,10 +66,10 @@ MAX_COMPLETION_LENGTH = 512  # tokens; at the original's 200 many are cut before
 TEMPERATURE = 0.9  # higher gives more varied groups; 0.7 to 1.0 is the useful range
 
 # ---- batch
-PER_DEVICE_TRAIN_BATCH_SIZE = 16  # completions a forward and backward pass; TRL counts completions, not prompts
-GRADIENT_ACCUMULATION_STEPS = 4  # passes a step: 16 x 4 = 64 completions, 4 prompts, generated all at once
-FIT_MEMORY = True  # where 16 do not fit by computation, more and smaller passes: the step stays 64 completions, aloud
-GRADIENT_CHECKPOINTING = None  # recompute activations in the backward pass; None: only where they do not fit otherwise
+PER_DEVICE_TRAIN_BATCH_SIZE = 64  # completions a step, 4 prompts, generated all at once; several GPUs share them
+GRADIENT_ACCUMULATION_STEPS = 1  # above 1: as many times the completions, generated all at once, a step
+TOKENS_PER_PASS = None  # of at most so many a step is made; None: what fits and keeps a GPU busy (4,096 on a CPU)
+GRADIENT_CHECKPOINTING = None  # recompute activations in backward; None: only where fewer than 2,048 tokens fit without
 
 # ---- optimizer
 LEARNING_RATE = 5e-6
@@ -91,7 +90,7 @@ LORA_LEARNING_RATE_FACTOR = 10  # an adapter wants about ten times the full mode
 # ---- precision and speed
 # What costs nothing in quality is on; benchmarks/README.md has what each is worth on a CPU (a GPU is not measured yet).
 # TF32 is left alone: with bf16 compute no large product is in fp32.
-LEAN_STEP = True  # no padding, no completion of advantage 0, a prompt once: the same gradient; False: as TRL does it
+LEAN_STEP = True  # as few passes as fit, without padding or completions of advantage 0; False: as TRL computes it
 DTYPE = "float32"  # master weights: in bf16 most of a small update rounds away (benchmarks/precision.py)
 BF16 = True  # compute in bf16
 USE_VLLM = None  # None: vLLM in this process where it is installed and a GPU is there; True and False insist
@@ -164,9 +163,9 @@ def main(argv: list[str] | None = None) -> None:
         if settings.demo:
             demo.prepare(settings)
         tokenizer = load_tokenizer(settings.model_name_or_path, settings.model_revision, settings.trust_remote_code)
-        samples, revision = on_main(load_samples, settings, tokenizer)
+        samples, revision = processes.on_main(load_samples, settings, tokenizer)
         run.knows(samples, revision)
-        held_out = on_main(held_out_problems, settings)  # none where EVAL_STEPS is 0
+        held_out = processes.on_main(held_out_problems, settings)  # none where EVAL_STEPS is 0
         policy, samples = cold_start(settings, tokenizer, samples, run)  # as they are where COLD_START_EXAMPLES is 0
         trainer = build_trainer(settings, tokenizer, samples, held_out, policy)
         with protected(trainer, run):  # whole checkpoints, clean stops, finite weights

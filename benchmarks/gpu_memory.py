@@ -16,7 +16,7 @@ from trl import get_peft_config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_grpo
-from support.memory import USABLE, fit, gpu_memory, held, needed, peak
+from support.memory import FIXED_PASS, USABLE, fit, gpu_memory, held, longest, needed
 from support.settings import Settings
 
 FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -54,26 +54,28 @@ def policy(size: str, method: str, **changes):
 
 
 def chosen(size: str, method: str, gib: float, vllm: bool) -> str:
-    """Completions a pass on a GPU, and whether activations are recomputed; '-' where the run does not fit."""
+    """Tokens a pass on a GPU, no more than a step's, and whether activations are recomputed; '-' where the run does not
+    fit."""
     model, settings = policy(size, method, use_vllm=vllm)
     total = int(gib * 2**30)
     fit(model, settings, total)
     if needed(gpu_memory(model, settings, settings.load_in_4bit), settings, total) > USABLE * total:
         return "-"
-    return f"{settings.per_device_train_batch_size}{' recomputed' if settings.gradient_checkpointing else ''}"
+    tokens = min(settings.tokens_per_pass, settings.per_device_train_batch_size * longest(settings))
+    return f"{tokens:,}{' recomputed' if settings.gradient_checkpointing else ''}"
 
 
 def main() -> None:
-    print("| needs, recomputing | " + " | ".join(METHODS) + " |")
+    print(f"| needs, recomputing, {FIXED_PASS:,} tokens a pass | " + " | ".join(METHODS) + " |")
     print("|---" * (len(METHODS) + 1) + "|")
     for size in SHAPES:
         cells = []
         for method in METHODS:
-            model, settings = policy(size, method, gradient_checkpointing=True)
+            model, settings = policy(size, method, gradient_checkpointing=True, tokens_per_pass=FIXED_PASS)
             parts = gpu_memory(model, settings, settings.load_in_4bit)
-            cells.append(f"{peak(parts) / 1e9:.0f} GB ({held(parts) / 1e9:.0f} held)")
+            cells.append(f"{needed(parts, settings) / 1e9:.0f} GB ({held(parts) / 1e9:.0f} held)")
         print(f"| {size} | " + " | ".join(cells) + " |")
-    print("\n| completions a pass on | " + " | ".join(GPUS) + " |")
+    print("\n| tokens a pass on | " + " | ".join(GPUS) + " |")
     print("|---" * (len(GPUS) + 1) + "|")
     for size in SHAPES:
         for method, vllm in (("full", False), ("full", True), ("LoRA", False), ("QLoRA", False)):

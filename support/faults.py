@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from support import interrupts, memory, processes
+from support import memory, processes
 from support.checkpoints import SCRATCH, check_disk, kept
 from support.errors import BadInput, RunStopped
 from support.record import Run, printable, resume_command
@@ -30,7 +30,7 @@ def supervised(settings):
     """Everything around a run that is not the method: its folder's lock, its run.json, and one message with a status
     where it ends early. Gives the `Run`; a run without a step left ends here, with status 0."""
     try:
-        interrupts.raise_again()
+        processes.raise_again()
         with locked(settings.output_dir), faults_explained(settings):
             run = Run(settings)
             if is_finished(settings):

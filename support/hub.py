@@ -1,7 +1,6 @@
 """The Hub, or a mirror of it: whatever goes wrong on the way from there becomes one message."""
 
 from contextlib import contextmanager
-from pathlib import Path
 
 from support.errors import BadInput
 
@@ -22,24 +21,12 @@ def loading(what: str, name: str, instead: str, *errors: type[Exception]):
 
     logging.set_verbosity_error()  # retries would bury the one line that helps
     try:
-        if not Path(name).exists():
-            _knock(what, name)
         yield
     except BadInput:
         raise
     except (OSError, ValueError, ImportError, httpx.HTTPError, SafetensorError, *errors) as error:
         reason = trouble(error, what, name, instead) or f"it cannot be loaded ({str(error).strip()}). {instead}"
         raise BadInput(f"{what} {name!r}: {reason}") from error
-
-
-def _knock(what: str, name: str) -> None:
-    """One request, whatever its answer, to a Hub that nothing of `name` was loaded from yet: one that does not answer
-    is asked for each file six times otherwise, which takes minutes."""
-    from huggingface_hub import constants, file_download, get_session
-
-    folder = file_download.repo_folder_name(repo_id=name, repo_type=what)
-    if not constants.is_offline_mode() and not Path(constants.HF_HUB_CACHE, folder).exists():
-        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 def trouble(error: Exception, what: str, name: str, instead: str) -> str | None:

@@ -3,9 +3,8 @@
 State is exact: bytes of weights, gradients, AdamW's moments. Activations follow from the shapes of what autograd keeps
 in a Llama-like layer under autocast (Qwen2, Qwen3, Llama, SmolLM2); other architectures are estimated as if they were
 one. Not counted: CUDA's own share, the allocator's waste, and the output layer, whose logits TRL never holds whole.
+What a pass was seen to take beyond these shapes is a factor, `MEASURED`.
 """
-
-from copy import copy
 
 from support import processes
 from support.errors import RunStopped
@@ -14,7 +13,11 @@ from support.hub import ELSEWHERE, loading
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # whose two moments are of the weights' own type
 NF4_BYTES = 0.5 + 4 / 64  # a 4-bit weight, and an fp32 scale for each 64 of them
 USABLE = 0.9  # of the memory: the rest is CUDA's own share and what the allocator cannot use
+RESERVE = 1e9  # bytes of that share that no pass is planned into
+MEASURED = 1.15  # of activations: 1.5B on an H200 took 56.0 GB in a pass of 6,688 tokens (docs/models-and-data.md)
 FULL_PASS = 2048  # tokens; smaller passes leave a GPU waiting for launches, and then recomputing is the lesser cost
+BUSY = 3.3e11  # tokens x parameters / layers of a pass that keeps an H200 busy: 6,000 tokens at 1.5B
+FIXED_PASS = 4096  # tokens where memory does not decide: on a CPU sums must not round by what the machine has
 LARGE_REMEDIES = [  # against a lack of memory, in any stage
     "--use_peft true: LoRA needs no gradients and AdamW states for the full model; with --load_in_4bit true still less",
     "a smaller MODEL_NAME_OR_PATH",
@@ -26,13 +29,12 @@ def gpu_memory(model, settings, quantized: bool = False) -> dict[str, int]:
 
     Args:
         model: the policy, with its adapter if it has one; its tensors may be on the `meta` device.
-        settings: the run's.
         quantized: count the linear layers' frozen weights as 4-bit ones, for a model that isn't loaded in 4 bits.
 
     Returns:
         `weights`, `gradients`, `optimizer`, `reference`, `buckets` (DDP's copy of the gradients, with several
-        processes; all of these are held throughout), `casts` (bf16 copies of fp32 weights),
-        `activations` (one forward and backward pass) and `cache` (keys and values of one generation by Transformers).
+        processes; all of these are held throughout), `casts` (bf16 copies of fp32 weights), `activations` (the largest
+        pass) and `cache` (keys and values of one generation by Transformers).
     """
     weights = sum(_bytes(name, p, quantized) for name, p in model.named_parameters())
     gradients = size(p for p in model.parameters() if p.requires_grad)
@@ -46,7 +48,7 @@ def gpu_memory(model, settings, quantized: bool = False) -> dict[str, int]:
         "reference": int(weights) if settings.beta and not is_lora else 0,
         "buckets": gradients if settings.world_size > 1 else 0,
         "casts": 2 * sum(p.numel() for p in matrices) if half and not quantized else 0,
-        "activations": _activations(model.config, settings),
+        "activations": int(_largest_pass(settings) * _bytes_a_token(model.config, settings)),
         "cache": 0 if settings.use_vllm else _cache(model.config, settings),
     }
 
@@ -61,60 +63,49 @@ def held(parts: dict[str, int]) -> int:
     return sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference", "buckets"))
 
 
-def peak(parts: dict[str, int], vllm: int = 0, vllm_sleeps: bool = False) -> int:
-    """The most that is held at once: generation and update take turns, and vLLM keeps its share through the update
-    unless it sleeps."""
-    update = parts["casts"] + parts["activations"]
-    if vllm_sleeps:
+def needed(parts: dict[str, int], settings, total: int = 0) -> int:
+    """The most that is held at once on a GPU of `total` bytes: generation and update take turns, and vLLM keeps its
+    share, where it generates in this process, through the update unless it sleeps."""
+    update, vllm = parts["casts"] + parts["activations"], _vllm(settings, total)
+    if vllm and settings.vllm_enable_sleep_mode:
         return held(parts) + max(update, vllm)
     return held(parts) + vllm + max(update, parts["casts"] + parts["cache"])
 
 
-def needed(parts: dict[str, int], settings, total: int) -> int:
-    """Peak on a GPU of `total` bytes, a share of which is vLLM's where it generates in this process."""
+def _vllm(settings, total: int) -> int:
     is_colocated = settings.use_vllm and settings.vllm_mode == "colocate"
-    vllm = int(settings.vllm_gpu_memory_utilization * total) if is_colocated else 0
-    return peak(parts, vllm, is_colocated and settings.vllm_enable_sleep_mode)
+    return int(settings.vllm_gpu_memory_utilization * total) if is_colocated else 0
 
 
 def device_memory(device) -> int:
-    """Bytes of a `torch.device`, the GPU's or the machine's."""
-    import psutil
+    """Bytes of a GPU."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 # ---- what is chosen by it
 
 
 def settle(settings) -> None:
-    """Choose gradient checkpointing and the completions a pass by what the smallest of the run's devices holds, and
-    refuse what does not fit on a GPU whatever is chosen.
+    """Choose gradient checkpointing and the tokens of a pass by what the smallest of the run's GPUs holds, and refuse
+    what does not fit whatever is chosen.
 
     Raises:
         BadInput: the model's configuration cannot be read.
         RunStopped: weights, gradients and optimizer alone are more than the GPU has.
     """
-    if settings.demo:  # its policy is not there yet, and fits
-        return
-    if processes.is_sharded():  # needs less than is computed here, by how much depends on the sharding
-        settings.gradient_checkpointing = settings.gradient_checkpointing is not False
-        return
-    batch = settings.per_device_train_batch_size
-    model = shape(settings)
-    total = min(processes.gathered(device_memory(settings.device)))
-    fit(model, settings, total)
-    if settings.per_device_train_batch_size < batch:
-        print(
-            f"PER_DEVICE_TRAIN_BATCH_SIZE {batch} -> {settings.per_device_train_batch_size} by computed memory, with "
-            f"GRADIENT_ACCUMULATION_STEPS {settings.gradient_accumulation_steps}: the step stays the same. "
-            "--fit_memory false insists"
-        )
-    if settings.device.type == "cuda":
+    if settings.device.type == "cuda" and not settings.demo and not processes.is_sharded():
+        model = shape(settings)
+        total = min(processes.gathered(device_memory(settings.device)))
+        fit(model, settings, total)
         check(model, settings, total)
+        return
+    # the demo's policy is not there yet; a sharded one needs less than is computed here, by how much depends on how
+    if settings.gradient_checkpointing is None:
+        settings.gradient_checkpointing = processes.is_sharded()
+    if settings.tokens_per_pass is None and settings.lean_step:
+        settings.tokens_per_pass = FIXED_PASS
 
 
 def shape(settings):
@@ -139,30 +130,40 @@ def shape(settings):
 
 
 def fit(model, settings, total: int) -> None:
-    """Choose `settings`' completions a pass and gradient checkpointing by what `total` bytes hold; the completions a
-    step stay the same.
+    """Choose `settings`' gradient checkpointing and tokens a pass, where they are None, by what `total` bytes hold.
 
-    No recomputation is preferred, with up to `per_device_train_batch_size` completions a pass; with `fit_memory` those
-    are halved where they do not fit. Where `gradient_checkpointing` is not None it stays.
+    No recomputation is preferred, unless fewer than `FULL_PASS` tokens fit without it. A pass is no larger than keeps a
+    GPU busy: smaller ones, of rows that are more alike, have less padding.
     """
-    batch = settings.per_device_train_batch_size
-    halvings = [batch >> i for i in range(batch.bit_length()) if batch % (1 << i) == 0]
-    sizes = halvings if settings.fit_memory else [batch]
-    tokens = settings.max_prompt_length + settings.max_completion_length
-    choices = [(size, True) for size in sizes]
-    choices = [(size, False) for size in sizes if size == batch or size * tokens >= FULL_PASS] + choices
-    if settings.gradient_checkpointing is not None:
-        choices = [(size, settings.gradient_checkpointing) for size in sizes]
-    for size, checkpointing in choices:
-        trial = copy(settings)
-        trial.per_device_train_batch_size, trial.gradient_checkpointing = size, checkpointing
-        if needed(gpu_memory(model, trial, settings.load_in_4bit), trial, total) <= USABLE * total:
-            break
-    else:  # smaller passes are no cure: the check before training names some
-        size = batch
-    settings.per_device_train_batch_size, settings.gradient_checkpointing = size, checkpointing
-    settings.gradient_accumulation_steps *= batch // size
-    settings.steps_per_generation *= batch // size
+    if settings.gradient_checkpointing is None:
+        settings.gradient_checkpointing = False
+        step = settings.per_device_train_batch_size * longest(settings)
+        least = min(step, settings.tokens_per_pass or FULL_PASS) if splits(settings) else step
+        settings.gradient_checkpointing = _tokens_that_fit(model, settings, total) < least
+    if settings.tokens_per_pass is None and settings.lean_step:
+        busy = max(FULL_PASS, int(BUSY * _shape(model.config)[0] / sum(p.numel() for p in model.parameters())))
+        # a row is never split, so that smaller passes than the longest row would not need less
+        settings.tokens_per_pass = max(min(busy, _tokens_that_fit(model, settings, total)), longest(settings))
+
+
+def splits(settings) -> bool:
+    """Whether a step can be split into passes: an entropy bonus and an entropy mask are computed from all completions
+    of a pass."""
+    reads_all = settings.entropy_coef or settings.use_adaptive_entropy or settings.top_entropy_quantile < 1
+    return settings.lean_step and not reads_all
+
+
+def longest(settings) -> int:
+    """Tokens of the longest row that there can be."""
+    return settings.max_prompt_length + settings.max_completion_length
+
+
+def _tokens_that_fit(model, settings, total: int) -> int:
+    """Tokens of a pass that `total` bytes have room for, beside all else that is held during an update."""
+    parts = gpu_memory(model, settings, settings.load_in_4bit)
+    vllm = 0 if settings.vllm_enable_sleep_mode else _vllm(settings, total)
+    room = USABLE * total - RESERVE - held(parts) - parts["casts"] - vllm
+    return int(room / _bytes_a_token(model.config, settings))
 
 
 def check(model, settings, total: int) -> None:
@@ -186,7 +187,7 @@ def check(model, settings, total: int) -> None:
 
 def remedies(settings) -> list[str]:
     """What needs less memory in GRPO, the most effective first."""
-    batch, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    batch, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     found = []
     if settings.use_vllm and settings.vllm_mode == "colocate":
         if not settings.vllm_enable_sleep_mode:
@@ -194,10 +195,12 @@ def remedies(settings) -> list[str]:
         found.append(f"VLLM_GPU_MEMORY_UTILIZATION below {settings.vllm_gpu_memory_utilization:g}")
     if not settings.gradient_checkpointing:
         found.append("GRADIENT_CHECKPOINTING = True")
-    if batch > 1:
+    if splits(settings) and settings.tokens_per_pass > longest(settings):
+        found.append(f"TOKENS_PER_PASS below {settings.tokens_per_pass:,}")
+    if not splits(settings) and batch > 1:
         found.append(
-            f"PER_DEVICE_TRAIN_BATCH_SIZE {batch} -> {batch // 2}, with GRADIENT_ACCUMULATION_STEPS {passes} -> "
-            f"{passes * batch // (batch // 2)} the step stays the same"
+            f"PER_DEVICE_TRAIN_BATCH_SIZE {batch} -> {batch // 2}, with GRADIENT_ACCUMULATION_STEPS {steps} -> "
+            f"{steps * batch // (batch // 2)} the step stays the same"
         )
     found.append(f"MAX_COMPLETION_LENGTH below {settings.max_completion_length}")
     if settings.beta:
@@ -230,15 +233,21 @@ def _shape(config) -> tuple[int, int, int, int]:
     return config.num_hidden_layers, config.hidden_size, keys, mlp
 
 
-def _activations(config, settings) -> int:
+def _largest_pass(settings) -> int:
+    """Tokens of the largest pass that there can be."""
+    step = settings.per_device_train_batch_size * longest(settings)
+    return min(step, max(settings.tokens_per_pass or step, longest(settings))) if splits(settings) else step
+
+
+def _bytes_a_token(config, settings) -> float:
+    """What a pass keeps for its backward pass."""
     layers, hidden, keys, mlp = _shape(config)
-    tokens = settings.per_device_train_batch_size * (settings.max_prompt_length + settings.max_completion_length)
     width = 2 if settings.bf16 or settings.fp16 else 4
     # what backward needs of one layer, in bytes a token: two norms in fp32 and their outputs, queries, keys and values
     # before and after rotation, attention's output, and the MLP's gate, its activation, up and their product
     layer = 2 * (3 * 4 + width) * hidden + 2 * width * (hidden + keys) + width * (keys + hidden) + 4 * width * mlp
     residual = 4 * hidden  # between layers, in fp32
-    return tokens * (layers * residual + layer if settings.gradient_checkpointing else layers * (residual + layer))
+    return MEASURED * (layers * residual + (layer if settings.gradient_checkpointing else layers * layer))
 
 
 def _cache(config, settings) -> int:

@@ -1,6 +1,7 @@
 """Everything wrong with the settings, found at once, before anything loads."""
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -11,6 +12,7 @@ from support import processes
 from support.checkpoints import checkpoints, flaw, newest_whole, state_of, step_of
 from support.faults import LOCK, is_locked
 from support.generation import VLLM_VERSIONS, vllm_obstacle
+from support.memory import splits
 from support.problems import is_path
 from support.record import read_run
 
@@ -34,6 +36,7 @@ NUMBERS = {
     "max_completion_length": (lambda n: n >= 1, "at least 1"),
     "per_device_train_batch_size": (lambda n: n >= 1, "at least 1"),
     "gradient_accumulation_steps": (lambda n: n >= 1, "at least 1"),
+    "tokens_per_pass": (lambda n: n >= 1, "at least 1, or None for as many as fit"),
     "num_generations": (lambda n: n >= 2, "at least 2: an advantage compares completions of one group"),
     "eval_problems": (lambda n: n >= 1, "at least 1; EVAL_STEPS = 0 turns evaluation off"),
     "save_total_limit": (lambda n: n >= 1, "at least 1"),
@@ -58,11 +61,13 @@ def _numbers(flags: argparse.Namespace) -> list[str]:
     problems, odd = [], set()
     for name, (is_right, words) in NUMBERS.items():
         value = getattr(flags, name)
+        if value is None and name == "tokens_per_pass":
+            continue
         if value is None or not is_right(value):
             problems.append(f"{name.upper()} is {value}; it must be {words}")
             odd.add(name)
     if not odd & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
-        problems += _passes(flags) or ([] if "num_generations" in odd else _groups(flags))
+        problems += _shares(flags) or ([] if "num_generations" in odd else _groups(flags))
     if flags.cold_start_source not in ("dataset", "self"):
         problems.append(f"COLD_START_SOURCE is {flags.cold_start_source!r}; it must be 'dataset' or 'self'")
     has_stage = not odd & {"cold_start_examples", "cold_start_batch_size"} and flags.cold_start_examples
@@ -74,27 +79,21 @@ def _numbers(flags: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _passes(flags: argparse.Namespace) -> list[str]:
-    """Several processes share the passes of a step, and those of a generation."""
+def _shares(flags: argparse.Namespace) -> list[str]:
+    """Several processes share the completions of a step evenly."""
     batch, count = flags.per_device_train_batch_size, processes.count()
-    for name in ("gradient_accumulation_steps", "steps_per_generation"):
-        passes = getattr(flags, name)
-        if passes and passes % count:
-            return [
-                f"PER_DEVICE_TRAIN_BATCH_SIZE {batch} x {name.upper()} {passes} = {batch * passes} completions do not "
-                f"divide among {count} processes: {shlex.join(_split(batch, passes, count, name))} do"
-            ]
-    return []
+    if batch % count == 0:
+        return []
+    return [
+        f"PER_DEVICE_TRAIN_BATCH_SIZE {batch} completions do not divide among {count} processes: "
+        f"{shlex.join(_divisible(flags, count))} do"
+    ]
 
 
-def _split(batch: int, passes: int, count: int, name: str = "gradient_accumulation_steps") -> list[str]:
-    """Flags with which a step divides among processes: as many completions in smaller passes, else some more."""
-    share, left = divmod(batch * passes, count)
-    if left:
-        more = -(-passes // count) * count
-        return [f"--{name}", str(more)]
-    size = max(size for size in range(1, batch + 1) if share % size == 0)
-    return ["--per_device_train_batch_size", str(size), f"--{name}", str(batch * passes // size)]
+def _divisible(flags: argparse.Namespace, count: int) -> list[str]:
+    """The flag with which a step divides among processes, in whole groups: some more completions."""
+    unit = math.lcm(count, max(1, flags.num_generations))
+    return ["--per_device_train_batch_size", str(-(-flags.per_device_train_batch_size // unit) * unit)]
 
 
 def _groups(flags: argparse.Namespace) -> list[str]:
@@ -151,10 +150,9 @@ def _several_gpus(flags: argparse.Namespace, gpus: int) -> str:
     if flags.demo:
         words = shlex.join(["python", *sys.argv])
         return f"{gpus} GPUs are visible, and the demo is for one: `CUDA_VISIBLE_DEVICES=0 {words}`"
-    batch, passes = flags.per_device_train_batch_size, flags.gradient_accumulation_steps
     words = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(gpus), *sys.argv]
-    if min(batch, passes) > 0 and passes % gpus:
-        words += _split(batch, passes, gpus)
+    if flags.per_device_train_batch_size > 0 and flags.per_device_train_batch_size % gpus:
+        words += _divisible(flags, gpus)
     return (
         f"{gpus} GPUs are visible, and python starts one process: `{shlex.join(words)}` uses them all, "
         "CUDA_VISIBLE_DEVICES=0 shows one"
@@ -265,8 +263,9 @@ UNUSED = (  # where it holds, what to say
         "--vllm_mode server has no effect with USE_VLLM = False",
     ),
     (
-        lambda f: f.load_in_8bit,
-        "--load_in_8bit is not covered; --load_in_4bit true with --use_peft true needs less memory",
+        lambda f: f.tokens_per_pass is not None and not splits(f),
+        "TOKENS_PER_PASS has no effect with LEAN_STEP = False, an entropy bonus or an entropy mask: those compute all "
+        "PER_DEVICE_TRAIN_BATCH_SIZE completions at once; lower that, and raise GRADIENT_ACCUMULATION_STEPS",
     ),
     (
         lambda f: f.load_in_4bit and not f.use_peft,
@@ -288,7 +287,6 @@ UNUSED = (  # where it holds, what to say
         lambda f: f.enable_jit_checkpoint,
         "--enable_jit_checkpoint: this recipe saves on SIGTERM and Ctrl-C by itself; leave it out",
     ),
-    (lambda f: f.do_train or f.do_predict, "--do_train and --do_predict have no effect here; leave them out"),
 )
 
 

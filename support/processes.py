@@ -1,11 +1,31 @@
 """Several processes of one run, as `accelerate launch` starts them: who speaks, what one reads for all, what they agree
-on. With one process all of it does nothing."""
+on, how they end. A script calls `end_at_once` before imports that take seconds, so: the standard library only."""
 
 import atexit
+import ctypes
 import os
 import re
+import signal
 import sys
 import time
+
+
+def end_at_once() -> None:
+    """Ctrl-C ends the process where it is, without a word. A KeyboardInterrupt would be a traceback, or swallowed, or
+    turned into another error, by the module in the middle of whose import it is raised.
+
+    A process of several gets SIGTERM when its launcher ends, even by `kill -9`: none trains on alone, unseen."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if count() > 1:
+        end_before_python_does()  # the first of all exit handlers, so that it comes last
+        if sys.platform == "linux":
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def raise_again() -> None:
+    """Ctrl-C is a KeyboardInterrupt, as without `end_at_once`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def count() -> int:
@@ -86,11 +106,20 @@ def part() -> None:
     open can abort."""
     global _has_parted
     if count() > 1:
-        from accelerate import PartialState
-
         wait()
-        PartialState().destroy_process_group()
+        leave_groups()
         _has_parted = True
+
+
+def leave_groups() -> None:
+    """Destroy torch's process groups, of which vLLM makes some in a single process too: torch complains of one that is
+    there at the end. vLLM's go first, by its own hand, or its exit handler meets groups that are gone."""
+    from torch import distributed
+
+    if vllm := sys.modules.get("vllm.distributed"):
+        vllm.cleanup_dist_env_and_memory()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def end_before_python_does() -> None:

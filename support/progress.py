@@ -4,6 +4,7 @@ import math
 import time
 from statistics import mean
 
+import torch
 from transformers import ProgressCallback
 
 from rewards import completion_text, extract_xml_answer
@@ -48,7 +49,8 @@ def plan(trainer, settings, max_steps: int, start_step: int) -> str:
         "generation": f"{_backend(settings)}, {args.generation_batch_size} completions at a time, "
         f"at most {args.max_completion_length} tokens each",
         "a step": f"{completions / args.num_generations:g} prompts x {args.num_generations} completions = "
-        f"{completions} completions, {_passes(args)}",
+        f"{completions} completions{_at_a_time(args)}, gradient checkpointing "
+        f"{'on' if args.gradient_checkpointing else 'off'}",
         "steps": f"{max_steps:,}" + (f", resuming after step {start_step:,}" if start_step else ""),
         "update": trainer.update_in_words(),
         "objective": f"{args.loss_type} loss, {reference}, learning rate {args.learning_rate:g}",
@@ -62,14 +64,17 @@ def _backend(settings) -> str:
     if settings.use_vllm:
         return f"vLLM ({settings.vllm_mode})"
     merging = "merging an adapter into 4-bit weights for it at every step would wear them away"
-    why = vllm_obstacle(settings.use_cpu) or (merging if settings.load_in_4bit else "USE_VLLM is False")
-    return f"Transformers ({why})"
+    why = obstacle = vllm_obstacle(settings.use_cpu)
+    if obstacle and settings.device.type == "cuda":
+        why = f"{obstacle}; without it generation takes about six times as long (SmolLM2 on an H200)"
+    return f"Transformers ({why or (merging if settings.load_in_4bit else 'USE_VLLM is False')})"
 
 
-def _passes(args) -> str:
-    passes, each = args.gradient_accumulation_steps, " each" if args.world_size > 1 else ""
-    passes = f"in {passes} pass{'es' if passes > 1 else ''} of {args.per_device_train_batch_size}{each}"
-    return f"{passes}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}"
+def _at_a_time(args) -> str:
+    """Completions that TRL takes a backward pass for, where a step has more than those."""
+    if args.gradient_accumulation_steps * args.world_size == 1:
+        return ""
+    return f", {args.per_device_train_batch_size} at a time" + (" in each process" if args.world_size > 1 else "")
 
 
 def _memory(policy, settings) -> str:
@@ -79,7 +84,7 @@ def _memory(policy, settings) -> str:
     most = needed(gpu_memory(policy, settings), settings, total)
     is_colocated = settings.use_vllm and settings.vllm_mode == "colocate"
     share = f", vLLM's share of {settings.vllm_gpu_memory_utilization:.0%} included" if is_colocated else ""
-    return f"needs about {most / 1e9:.0f} GB of {total / 1e9:.0f} GB (computed){share}"
+    return f"needs at most about {most / 1e9:.0f} GB of {total / 1e9:.0f} GB (computed){share}"
 
 
 def _millions(parameters) -> str:
@@ -231,3 +236,6 @@ class Progress(ProgressCallback):
         is_done = state.is_world_process_zero and state.global_step >= state.max_steps
         if is_done and (remark := closing_remark(state.log_history)):
             print(f"WARNING: {remark}")
+        if args.device.type == "cuda":
+            peak = max(processes.gathered(torch.cuda.max_memory_allocated()))
+            print(f"memory at the peak: {peak / 1e9:.1f} GB of {device_memory(args.device) / 1e9:.0f} GB", flush=True)

@@ -112,7 +112,6 @@ class Run:
             "ended": None,
             "processes": processes.count(),
             **describe(self.settings),
-            "recipe": self.settings.recipe,  # its values where `settings` differ
             **self.facts,
             **facts,
             "device": device_name(self.settings.device),

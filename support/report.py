@@ -92,8 +92,6 @@ def _run_in_words(folder: Path, run: dict, log: list[dict]) -> dict:
     a_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * run["processes"]
     seconds = next((row["train_runtime"] for row in reversed(log) if "train_runtime" in row), None)  # once it has ended
     since = " since it was last resumed" if run["earlier"] or settings["resume_from_checkpoint"] else ""
-    of_all = ("gradient_accumulation_steps", "steps_per_generation")  # the recipe's are those of all processes together
-    used = settings | {name: settings[name] * run["processes"] for name in of_all}
     held_out = [row for row in log if "eval_strict_accuracy" in row]
     every = -(-len(held_out) // HELD_OUT_ROWS) or 1
     commit = f"; the recipe at commit {_code(run['commit'])}" if run["commit"] else ""
@@ -109,11 +107,6 @@ def _run_in_words(folder: Path, run: dict, log: list[dict]) -> dict:
         "held_out": held_out[:-1][::every] + held_out[-1:],
         "has_curves": (folder / "curves.png").is_file(),
         "prompt": _block(run["system_prompt"]),
-        "changed": [
-            f"{_code(name)}: {_code(used[name])}, the recipe's is {_code(value)}"
-            for name, value in run.get("recipe", {}).items()
-            if used[name] != value  # TRL reads some defaults back as what they were before
-        ],
         "versions": _escaped(versions) + commit,
     }
 

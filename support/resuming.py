@@ -18,7 +18,7 @@ HARMLESS = re.compile(
     r"output_dir|resume_from_checkpoint|allow_changed_settings|sample_every|log_.*|logging_.*|save_.*|eval_.*|do_.*"
     r"|hub_.*|push_to_hub|report_to|run_name|project|trackio_.*|disable_tqdm|num_completions_to_print"
     r"|gradient_checkpointing.*|dataset_test_split|vllm_gpu_memory_utilization|vllm_enable_sleep_mode|vllm_server_.*"
-    r"|torch_empty_cache_steps|skip_memory_metrics|local_rank|ddp_.*|fit_memory|per_device_train_batch_size"
+    r"|torch_empty_cache_steps|skip_memory_metrics|local_rank|ddp_.*|tokens_per_pass|per_device_train_batch_size"
     r"|lora_learning_rate_factor"
 )
 
@@ -115,14 +115,16 @@ def differences(before: dict, after: dict) -> list[str]:
 
 def _say_how_it_splits(checkpoint: Path, run: dict, settings) -> None:
     """Say where completions are split otherwise than by the run that saved, so that it is not resumed to the bit."""
-    passes, now = settings.per_device_train_batch_size, processes.count()
-    saved_by = max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
-    before = run.get("settings", {}).get("per_device_train_batch_size", passes)
-    if (saved_by, before) != (now, passes):
-        print(
-            f"{checkpoint} was saved by {saved_by} process(es) in passes of {before}, and goes on with {now} in passes "
-            f"of {passes}: sums round otherwise" + (", random states are new" if saved_by != now else "")
-        )
+    now, count = vars(settings), max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
+    then = run.get("settings", now)
+    saved_by, goes_on = (
+        f"{count} process(es) of {values['per_device_train_batch_size']} completions, {values.get('tokens_per_pass')} "
+        "tokens a pass"
+        for count, values in ((count, then), (processes.count(), now))
+    )
+    if saved_by != goes_on:
+        states = "" if count == processes.count() else ", random states are new"
+        print(f"{checkpoint} was saved by {saved_by}, and goes on with {goes_on}: sums round otherwise{states}")
 
 
 def is_finished(settings) -> bool:

@@ -8,7 +8,7 @@ import argparse
 import sys
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import ClassVar, get_type_hints
+from typing import get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 from trl import GRPOConfig, ModelConfig, TrlParser
@@ -48,14 +48,13 @@ class Settings(GRPOConfig, ModelConfig):
     cold_start_epochs: int = _own("Of that stage.")
     cold_start_batch_size: int = _own("Examples a step.")
     lora_learning_rate_factor: float = _own("Times both learning rates with --use_peft, unless they are given.")
-    fit_memory: bool = _own("Smaller passes where they do not fit otherwise.")
-    lean_step: bool = _own("Compute only what teaches: the same gradient as TRL's, from fewer tokens.")
+    tokens_per_pass: int | None = _own("Tokens of a forward and backward pass, at most; None: as many as fit.")
+    lean_step: bool = _own("Compute only what has a gradient: the same as TRL's, in fewer passes of fewer tokens.")
     sample_every: int = _own("Steps between printed samples; 0: none.")
     eval_problems: int = _own("Test problems that eval_steps measures on.")
     allow_changed_settings: bool = _own("Resume although settings that shape the trajectory differ.", False)
     demo: bool = _own("A tiny policy on made-up sums: any machine, offline.", False)
     is_resumed: bool = field(default=False, init=False)
-    recipe: ClassVar[dict] = {}  # the recipe's values of what this run's constants or flags change
 
     def __post_init__(self):
         GRPOConfig.__post_init__(self)
@@ -114,10 +113,10 @@ class _Parser(TrlParser):
         defaults = {name.lower(): value for name, value in constants.items() if name.isupper()}
         for name in set(defaults) - {action.dest for action in self._actions}:
             self.error(f"the constant {name.upper()} is no flag, so that nothing would read it; --help lists all flags")
-        self.recipe = {action.dest: self.get_default(action.dest) for action in self._actions} | defaults
+        known = {action.dest: self.get_default(action.dest) for action in self._actions} | defaults
         defaults |= demo.settings() if is_demo else {}
-        self.dtype = (self.recipe | defaults)["dtype"]
-        self.rates = {name: (self.recipe | defaults)[name] for name in RATES}
+        self.dtype = (known | defaults)["dtype"]
+        self.rates = {name: (known | defaults)[name] for name in RATES}
         self.set_defaults(**defaults | dict.fromkeys((*RATES, "dtype")))  # None: not given; depends on others then
         self.optional = {action.dest for action in self._actions if action.default is None}
         self.defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
@@ -134,17 +133,9 @@ class _Parser(TrlParser):
         problems += find_problems(flags) if processes.is_main() else []
         if problems:
             self.refuse(problems)
-        own = ("help", "config", "demo", "output_dir", "resume_from_checkpoint", "allow_changed_settings")
-        self.recipe = {
-            name: default
-            for name, default in self.recipe.items()
-            if name not in own and getattr(flags, name, default) != default
-        }
         if flags.use_vllm is None:
             flags.use_vllm = vllm_obstacle(flags.use_cpu) is None and not flags.load_in_4bit
-        for name in ("gradient_accumulation_steps", "steps_per_generation"):  # all processes together make one step
-            if getattr(flags, name) is not None:
-                setattr(flags, name, getattr(flags, name) // processes.count())
+        flags.per_device_train_batch_size //= processes.count()  # all processes together make one step
         if flags.demo:
             demo.name_sources(flags)
         return flags, unknown
@@ -192,7 +183,6 @@ def read_settings(constants: dict, argv: list[str] | None = None) -> Settings:
     parser = _Parser(constants, is_demo="--demo" in argv)
     try:
         (settings,) = parser.parse_args_and_config(argv)
-        settings.recipe = parser.recipe
         memory.settle(settings)
         if settings.is_resumed:
             settings.resume_from_checkpoint = processes.on_main(find_checkpoint, settings)

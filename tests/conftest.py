@@ -31,8 +31,7 @@ SMALL = {
     "sample_every": "2",
     "eval_steps": "2",
     "eval_problems": "6",
-    "per_device_train_batch_size": "4",
-    "gradient_accumulation_steps": "2",
+    "per_device_train_batch_size": "8",
     "num_generations": "4",
     "max_completion_length": "12",
     "learning_rate": "1e-3",
@@ -57,7 +56,7 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def tiny(data: Path, initializer_range: float):
+def tiny(data: Path, initializer_range: float, layers: int = 2):
     """A random Qwen2 of 0.1M parameters and the demo's kind of tokenizer."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -77,7 +76,7 @@ def tiny(data: Path, initializer_range: float):
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -247,8 +246,8 @@ def same_run(first: Path, second: Path, steps: int = 24) -> bool:
     return identical(weights(first), weights(second))
 
 
-def resumed(output: Path, words: list[str]) -> subprocess.CompletedProcess:
-    done = start("train_grpo.py", *words, "--resume_from_checkpoint", "auto")
+def resumed(output: Path, words: list[str], **env) -> subprocess.CompletedProcess:
+    done = start("train_grpo.py", *words, "--resume_from_checkpoint", "auto", **env)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 

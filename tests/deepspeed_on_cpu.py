@@ -14,10 +14,10 @@ os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # of ninja:
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support import interrupts
+from support import processes
 
 if __name__ == "__main__":
-    interrupts.end_at_once()  # as the script itself does first of all
+    processes.end_at_once()  # as the script itself does first of all
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType

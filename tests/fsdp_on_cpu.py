@@ -9,10 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support import interrupts
+from support import processes
 
 if __name__ == "__main__":
-    interrupts.end_at_once()  # as the script itself does first of all
+    processes.end_at_once()  # as the script itself does first of all
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType

@@ -31,10 +31,7 @@ class Answer(BaseHTTPRequestHandler):
         kind = words.pop(0) if words[0] in ("datasets", "models") else "models"
         owner, name, what, *rest = [*words, "", "", ""][: max(3, len(words))]
         folder = self.server.repositories.get((kind, name))
-        if self.server.unanswered is not None:
-            self.server.unanswered.append(self.path)
-            self.server.is_over.wait()
-        elif owner == "broken":
+        if owner == "broken":
             self.refuse(500)
         elif owner == "gated":
             self.refuse(403, "GatedRepo")
@@ -110,18 +107,15 @@ def entries(folder: Path) -> list[dict]:
 
 
 @contextmanager
-def serving(unanswered: list | None = None, **repositories: Path):
-    """The address of a Hub that has these repositories, `models_NAME` or `datasets_NAME`, under every owner; where
-    there is a list of what is `unanswered`, all requests only go there."""
+def serving(**repositories: Path):
+    """The address of a Hub that has these repositories, `models_NAME` or `datasets_NAME`, under every owner."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    server.unanswered, server.is_over = unanswered, threading.Event()
     server.repositories = {tuple(key.split("_", 1)): folder for key, folder in repositories.items()}
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
-        server.is_over.set()
         server.shutdown()
         thread.join()
         server.server_close()

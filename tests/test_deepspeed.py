@@ -30,7 +30,8 @@ def rehearsed(stage: str) -> dict:
 
 
 def words(policy, data, output, **changes) -> list[str]:
-    steps = {"gradient_accumulation_steps": "4", "seed": "3", "gradient_checkpointing": "false"}
+    steps = {"per_device_train_batch_size": "16", "tokens_per_pass": "150", "seed": "3"}
+    steps["gradient_checkpointing"] = "false"
     return flags(policy, data, output, **{**steps, **changes})
 
 

@@ -22,6 +22,7 @@ def run(tmp_path_factory, policy, data):
 def test_the_plan_names_the_gpu_and_the_computed_memory(run):
     assert torch.cuda.get_device_name() in run[1]
     assert "GB (computed)" in run[1]
+    assert "memory at the peak: " in run[1]
 
 
 def test_a_resumed_run_ends_close_to_the_uninterrupted_one(run, policy, data, tmp_path):

@@ -126,17 +126,3 @@ def test_a_hub_that_fails_is_one_message(part, owner, told):
     assert len([line for line in message.splitlines() if line.strip()]) == 1, message
     for text in MESSAGES[owner]:
         assert text.format(page=f"datasets/{name}" if part == "dataset" else name) in message
-
-
-@pytest.mark.parametrize("part", ["model", "dataset"])
-def test_a_hub_that_never_answers_is_asked_once(part, policy, data, tmp_path):
-    model, problems = ("silent/tiny", data) if part == "model" else (policy, "silent/sums")
-    unanswered = []
-    with serving(unanswered) as address:
-        words = flags(model, problems, tmp_path / "run", dataset_config="default")
-        done = start("train_grpo.py", *words, **environment(address, tmp_path / "home"))
-    assert done.returncode in (1, 2), done.stderr[-4000:]
-    assert f"{address} does not answer in time" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert len(unanswered) == 1, "not six times for each file"
-    assert not (tmp_path / "run").exists()

@@ -58,7 +58,7 @@ def two(tmp_path_factory, policy, data) -> tuple[Path, str]:
 
 def test_two_processes_train_on_the_same_prompts_with_as_many_completions_a_step(two, trained):
     run, out = two
-    assert "2 prompts x 4 completions = 8 completions, in 1 pass of 4 each, gradient checkpointing off" in out
+    assert "2 prompts x 4 completions = 8 completions, 4 at a time in each process, gradient checkpointing off" in out
     ours, alone = steps(run), steps(trained[0])
     assert len(ours) == len(alone) == 4
     for mine, other in zip(ours, alone, strict=True):
@@ -109,9 +109,9 @@ def test_groups_that_span_processes_get_the_advantages_of_one_process(policy, da
 def test_the_lean_step_of_two_processes_has_trls_gradient(policy, data, tmp_path):
     """With plain gradient descent at rate 1 the weights move by the gradient itself."""
     step = {"max_steps": "1", "save_steps": "1", "optim": "sgd", "learning_rate": "1", "warmup_steps": "0"}
-    step |= {"max_grad_norm": "0", "weight_decay": "0", "eval_steps": "0", "gradient_accumulation_steps": "4"}
-    for lean in ("true", "false"):
-        words = flags(policy, data, tmp_path / lean, **step, lean_step=lean, seed="3")
+    step |= {"max_grad_norm": "0", "weight_decay": "0", "eval_steps": "0", "per_device_train_batch_size": "16"}
+    for lean, tokens in (("true", "150"), ("false", None)):  # passes of some three rows
+        words = flags(policy, data, tmp_path / lean, **step, lean_step=lean, tokens_per_pass=tokens, seed="3")
         status, out = finished(*words)
         assert status == 0, out[-4000:]
         assert "optimizer sgd" in out
@@ -175,7 +175,8 @@ def test_one_process_goes_on_with_what_two_have_saved_and_says_what_differs(two,
     shutil.copytree(two[0], run, ignore=shutil.ignore_patterns("checkpoint-4"))
     done = start("train_grpo.py", *flags(policy, data, run, resume_from_checkpoint="auto"))
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "was saved by 2 process(es) in passes of 4, and goes on with 1 in passes of 4" in done.stdout
+    saved_by = "was saved by 2 process(es) of 4 completions, 4096 tokens a pass"
+    assert f"{saved_by}, and goes on with 1 process(es) of 8 completions, 4096 tokens a pass" in done.stdout
     assert "random states are new" in done.stdout
     for ours, other in zip(steps(run)[2:], steps(two[0])[2:], strict=True):
         assert ours["prompt"].map(str).tolist() == other["prompt"].map(str).tolist(), "where the data stood"
@@ -241,9 +242,7 @@ def test_a_mistake_is_told_once_and_ends_every_process(policy, data, tmp_path):
 @pytest.mark.parametrize(
     ("processes", "words", "message"),
     [
-        (8, [], r"64 .* among 8 processes: --per_device_train_batch_size 8 --gradient_accumulation_steps 8 do"),
-        (3, [], "64 completions do not divide among 3 processes: --gradient_accumulation_steps 6 do"),
-        (2, ["--steps_per_generation", "1"], "STEPS_PER_GENERATION 1 = 16 completions"),
+        (3, [], "PER_DEVICE_TRAIN_BATCH_SIZE 64 .* among 3 processes: --per_device_train_batch_size 96 do"),
         (2, ["--demo"], "--demo is for one process"),
         (2, ["--cold_start_examples", "4", "--cold_start_batch_size", "3"], "COLD_START_BATCH_SIZE is 3"),
     ],
@@ -267,7 +266,11 @@ def test_sharding_that_accelerate_would_ignore_is_a_mistake(monkeypatch, capsys,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], r"--num_processes 8 \S+ .*--per_device_train_batch_size 8 --gradient_accumulation_steps 8` uses them all"),
+        ([], r"--num_processes 8 train_grpo.py --output_dir \S+/run` uses them all"),
+        (
+            ["--per_device_train_batch_size", "12", "--num_generations", "12"],
+            r" --per_device_train_batch_size 24` uses",
+        ),
         (["--demo", "--use_cpu", "false"], r"the demo is for one: `CUDA_VISIBLE_DEVICES=0 python \S+ .* --demo"),
         (["--per_device_train_batch_size", "0"], r"PER_DEVICE_TRAIN_BATCH_SIZE is 0"),
     ],

@@ -1,9 +1,27 @@
 """What is printed says how the run goes, and warns where it goes wrong."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from rewards import REWARD_FUNCS
+from support import progress
 from support.progress import closing_remark, step_line
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "device", "words"),
+    [
+        ("vLLM is not installed", "cuda", "vLLM is not installed; without it generation takes about six times as long"),
+        ("there is no CUDA GPU", "cpu", "Transformers (there is no CUDA GPU)"),
+        (None, "cuda", "Transformers (USE_VLLM is False)"),
+    ],
+)
+def test_the_plan_says_what_a_gpu_loses_without_vllm(obstacle, device, words, monkeypatch):
+    monkeypatch.setattr(progress, "vllm_obstacle", lambda use_cpu: obstacle)
+    run = SimpleNamespace(use_vllm=False, use_cpu=device == "cpu", load_in_4bit=False, device=torch.device(device))
+    assert words in progress._backend(run)
 
 
 def log_of(rewards: list[float], lenient: dict[int, float], n: int = 200) -> list[dict]:

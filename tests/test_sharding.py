@@ -19,6 +19,7 @@ CONFIG = Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml"
 FSDP2 = ["--config_file", CONFIG, "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
 SHARDED = [*FSDP2, "--fsdp_state_dict_type", "SHARDED_STATE_DICT"]
 REHEARSED = {"script": "tests/fsdp_on_cpu.py", "how": FSDP2}
+SEVERAL_PASSES = {"per_device_train_batch_size": "16", "tokens_per_pass": "150", "seed": "3"}
 LONG = {"max_steps": "400", "save_steps": "2", "eval_steps": "0", "sample_every": "0"}
 
 
@@ -26,8 +27,8 @@ LONG = {"max_steps": "400", "save_steps": "2", "eval_steps": "0", "sample_every"
 def whole(tmp_path_factory, policy, data) -> tuple[Path, list[str], str]:
     """A finished run, held-out accuracy every second step: its folder, its flags, and what it printed."""
     output = tmp_path_factory.mktemp("sharded") / "run"
-    # two passes a process; with this seed one process has more to teach than the other in a step
-    words = flags(policy, data, output, gradient_accumulation_steps="4", seed="3")
+    # several passes a process; with this seed one process has more to teach than the other in a step
+    words = flags(policy, data, output, **SEVERAL_PASSES)
     status, out = finished(*words, **REHEARSED)
     assert status == 0, out[-4000:]
     return output, words, out
@@ -78,10 +79,10 @@ def test_checkpoints_in_shards_do_not_change_the_run_and_resume_to_the_same_weig
 def test_the_lean_step_of_a_sharded_policy_has_the_gradient_of_a_whole_one(recompute, policy, data, tmp_path):
     """With plain gradient descent at rate 1 the weights move by the gradient itself."""
     step = {"max_steps": "1", "save_steps": "1", "optim": "sgd", "learning_rate": "1", "warmup_steps": "0"}
-    step |= {"max_grad_norm": "0", "weight_decay": "0", "eval_steps": "0", "gradient_accumulation_steps": "4"}
-    step["gradient_checkpointing"] = recompute
-    for name, lean, how in (("sharded", "true", REHEARSED), ("copied", "false", {})):
-        words = flags(policy, data, tmp_path / name, **step, lean_step=lean, seed="3")
+    step |= {"max_grad_norm": "0", "weight_decay": "0", "eval_steps": "0", "gradient_checkpointing": recompute}
+    plain = {"lean_step": "false", "tokens_per_pass": None}
+    for name, changes, how in (("sharded", {}, REHEARSED), ("copied", plain, {})):
+        words = flags(policy, data, tmp_path / name, **{**SEVERAL_PASSES, **step, **changes})
         status, out = finished(*words, **how)
         assert status == 0, out[-4000:]
     before, ours, theirs = (weights(folder) for folder in (policy, tmp_path / "sharded", tmp_path / "copied"))
@@ -95,7 +96,7 @@ def test_a_sharded_cold_start_goes_on_to_grpo_and_saves_right_after_measuring(po
     """A forward pass without a backward pass, which evaluating is, leaves FSDP2's last layers whole."""
     run = tmp_path / "run"
     cold = {"cold_start_examples": "8", "cold_start_batch_size": "4", "cold_start_epochs": "1"}
-    epoch = {"max_steps": "-1", "save_strategy": "epoch", "eval_steps": "3", "per_device_train_batch_size": "16"}
+    epoch = {"max_steps": "-1", "save_strategy": "epoch", "eval_steps": "3", "per_device_train_batch_size": "32"}
     how = {**REHEARSED, "how": SHARDED}
     words = flags(policy, data, run, **cold, **epoch, max_completion_length="40")
     status, out = finished(*words, **how)
@@ -116,7 +117,7 @@ def test_a_sharded_cold_start_goes_on_to_grpo_and_saves_right_after_measuring(po
 
 def test_an_adapter_is_trained_on_a_sharded_policy(policy, data, tmp_path, capsys):
     run = tmp_path / "run"
-    words = flags(policy, data, run, use_peft="true", max_steps="2", gradient_accumulation_steps="4", seed="3")
+    words = flags(policy, data, run, use_peft="true", max_steps="2", **SEVERAL_PASSES)
     status, out = finished(*words, **REHEARSED)
     assert status == 0, out[-4000:]
     assert "held out at step 2/2" in out
