@@ -68,7 +68,7 @@ TEMPERATURE = 0.9  # higher gives more varied groups; 0.7 to 1.0 is the useful r
 # ---- batch
 PER_DEVICE_TRAIN_BATCH_SIZE = 64  # completions a step, 4 prompts, generated all at once; several GPUs share them
 GRADIENT_ACCUMULATION_STEPS = 1  # above 1: as many times the completions, generated all at once, a step
-TOKENS_PER_PASS = None  # of at most so many a step is made; None: what fits and keeps a GPU busy (4,096 on a CPU)
+TOKENS_PER_PASS = None  # a step is split into passes of at most so many; None: what fits and keeps a GPU busy
 GRADIENT_CHECKPOINTING = None  # recompute activations in backward; None: only where fewer than 2,048 tokens fit without
 
 # ---- optimizer
@@ -88,7 +88,7 @@ LORA_DROPOUT = 0.0  # dropout would score completions by another policy than the
 LORA_LEARNING_RATE_FACTOR = 10  # an adapter wants about ten times the full model's rate; a --learning_rate is kept
 
 # ---- precision and speed
-# What costs nothing in quality is on; benchmarks/README.md has what each is worth on a CPU (a GPU is not measured yet).
+# What costs nothing in quality is on; benchmarks/README.md has what each was seen to be worth.
 # TF32 is left alone: with bf16 compute no large product is in fp32.
 LEAN_STEP = True  # as few passes as fit, without padding or completions of advantage 0; False: as TRL computes it
 DTYPE = "float32"  # master weights: in bf16 most of a small update rounds away (benchmarks/precision.py)

@@ -3,10 +3,11 @@
     python benchmarks/lean_step.py --dataset /data/gsm8k                                              # tokens, seconds
     python benchmarks/lean_step.py --dataset /data/gsm8k --model models/SmolLM2-135M-Instruct --use_cpu   # and time
 
-A step is 4 problems x 16 completions. The completions are solutions of GSM8K in the recipe's format, drawn
-at random and cut at the limit: what a policy writes after a cold start is as long, and an update's time depends on
-lengths alone. `--silent` is the share of the groups whose completions all earn the same; TRL's does not depend on
-it. Each update makes the same steps in a process of its own, so that its peak is its own; the first is not counted.
+A step is 4 problems x 16 completions, which TRL computes in `--passes` passes, and the recipe in passes of at most
+`--tokens_per_pass` tokens. The completions are solutions of GSM8K in the recipe's format, drawn at random and truncated
+at the limit: what a policy writes after a cold start is as long, and an update's time depends on lengths alone.
+`--silent` is the share of the groups whose completions all earn the same; TRL's does not depend on it. Each update
+makes the same steps in a process of its own, so that its peak is its own; the first is not counted.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import re
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -48,19 +48,20 @@ def drawn(args) -> list[tuple[list[dict], list[list[str]]]]:
 # ---- tokens, on paper
 
 
-def computed(prompts: list[int], completions: list[list[int]], silent: int, count: int) -> tuple[int, int]:
-    """Tokens of a step as TRL computes it and as the recipe does, of prompt lengths and completion lengths by group,
-    in `count` passes."""
-    rows = [(prompt, length) for prompt, group in zip(enumerate(prompts), completions, strict=True) for length in group]
-    theirs = len(rows) * (max(prompts) + max(length for _, length in rows))
-    teaching = sorted(rows[silent * SIZE :] or rows[:count], key=lambda row: row[1])
-    bounds = [round(i * len(teaching) / count) for i in range(count + 1)]
-    ours = 0
-    for first, last in pairwise(bounds):
-        alone, each = {prompt for prompt, _ in teaching[first:last]}, [length for _, length in teaching[first:last]]
-        # a prompt's last token goes with each of its completions
-        ours += len(alone) * (max(length for _, length in alone) - 1) + len(each) * (max(each) + 1)
-    return theirs, ours
+def computed(prompts: list[int], completions: list[list[int]], silent: int, limit: int) -> tuple[int, int]:
+    """Tokens of a step as TRL computes it, and as the recipe does in passes of at most `limit` tokens: of prompt
+    lengths and completion lengths by group."""
+    from support.lean_step import into_passes
+
+    def padded(rows) -> int:  # tokens of one pass
+        return len(rows) * sum(max(row[i] for row in rows) for i in (0, 1))
+
+    rows = [
+        (prompt, length, number >= silent)  # the third: whether it has a gradient
+        for number, (prompt, group) in enumerate(zip(prompts, completions, strict=True))
+        for length in group
+    ]
+    return padded(rows), sum(padded([rows[i] for i in numbers]) for (numbers,) in into_passes([rows], limit))
 
 
 def on_paper(args, tokenizer) -> str:
@@ -72,7 +73,7 @@ def on_paper(args, tokenizer) -> str:
         prompts = [len(ids) for ids in tokenize(tokenizer, [to_prompt(problem["question"]) for problem in problems])]
         lengths = [[min(len(ids) + 1, args.limit) for ids in tokenizer(group)["input_ids"]] for group in solutions]
         for silent, total in totals.items():
-            for i, tokens in enumerate(computed(prompts, lengths, int(silent * GROUPS), args.passes)):
+            for i, tokens in enumerate(computed(prompts, lengths, int(silent * GROUPS), args.tokens_per_pass)):
                 total[i] += tokens
     lines = ["| groups without signal | tokens of TRL's step | of the recipe's | TRL / recipe |", "|---|---|---|---|"]
     for silent, (theirs, ours) in totals.items():
@@ -90,18 +91,22 @@ def measure(args) -> dict:
 
     import rewards
     import train_grpo
+    from benchmarks import turns
     from support.problems import load_tokenizer
     from support.settings import read_settings
 
+    is_ours = args.measure == "recipe"
+    passes = 1 if is_ours else args.passes  # ours is split by its tokens
     words = {
         "model_name_or_path": args.model,
         "dataset_name": args.dataset,
         "output_dir": args.out / f"run-{os.getpid()}",
         "use_cpu": args.use_cpu,
         "bf16": args.bf16,
-        "lean_step": args.measure == "recipe",
-        "per_device_train_batch_size": GROUPS * SIZE // args.passes,
-        "gradient_accumulation_steps": args.passes,
+        "lean_step": is_ours,
+        "per_device_train_batch_size": GROUPS * SIZE // passes,
+        "gradient_accumulation_steps": passes,
+        **({"tokens_per_pass": args.tokens_per_pass} if is_ours else {}),
         "gradient_checkpointing": "false",
         "max_completion_length": args.limit,
         "max_steps": args.steps + 1,
@@ -148,6 +153,7 @@ def measure(args) -> dict:
 
     trainer._generate_single_turn = generate
     trainer.callback_handler.callbacks.insert(0, Clock())
+    turns.wait(args.turn)
     trainer.train()
     resident = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     is_cuda = settings.device.type == "cuda"
@@ -180,11 +186,13 @@ def main() -> None:
     parser.add_argument(
         "--silent", type=float, nargs="+", default=[0.0, 0.5], help="shares of the groups (%(default)s)"
     )
-    parser.add_argument("--passes", type=int, default=4, help="more of them need less memory (%(default)s)")
+    parser.add_argument("--passes", type=int, default=4, help="of TRL's step; more need less memory (%(default)s)")
+    parser.add_argument("--tokens_per_pass", type=int, default=4096, help="of the recipe's, at most (%(default)s)")
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path("outputs/lean_step"))
     parser.add_argument("--measure", choices=["trl", "recipe"], help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print("MEASURED " + json.dumps(measure(args)))
@@ -192,7 +200,8 @@ def main() -> None:
     from support.problems import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer or args.model or "Qwen/Qwen2.5-1.5B-Instruct")
-    print(f"200 steps of {GROUPS * SIZE} completions, on paper\n\n{on_paper(args, tokenizer)}", flush=True)
+    passes = f"ours in passes of at most {args.tokens_per_pass:,} tokens"
+    print(f"200 steps of {GROUPS * SIZE} completions, on paper, {passes}\n\n{on_paper(args, tokenizer)}", flush=True)
     if not args.model:
         return
     print("\n| groups without signal | update | s a step | TRL / recipe | tokens computed | peak GB |", flush=True)

@@ -20,7 +20,7 @@ from statistics import median
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-COMPLETIONS, BATCH = 64, 16
+COMPLETIONS = 64
 LAUNCH = "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"  # else accelerate warns
 
 # Qwen2.5-1.5B: the gradients that DDP sums once a step, in fp32; with LoRA rank 32 on all linear layers
@@ -40,7 +40,7 @@ def paper(processes: int) -> str:
 
 def measure(processes: int, completions: int, args) -> float:
     """Completions a second of the recipe as it is started on the command line."""
-    out, batch = args.out / "run", min(BATCH, completions // processes)
+    out = args.out / "run"
     shutil.rmtree(out, ignore_errors=True)
     words = {
         "model_name_or_path": args.model,
@@ -49,8 +49,7 @@ def measure(processes: int, completions: int, args) -> float:
         "use_cpu": args.use_cpu,
         "bf16": not args.use_cpu,
         "max_completion_length": args.completion_length,
-        "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": completions // batch,
+        "per_device_train_batch_size": completions,  # which the processes share
         "max_steps": args.steps + 2,
         "save_strategy": "no",
         "eval_steps": 0,

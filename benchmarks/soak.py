@@ -40,8 +40,7 @@ SETTINGS = {
     "sample_every": 0,
     "eval_steps": 0,
     "num_generations": 8,
-    "per_device_train_batch_size": 16,
-    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 16,  # which several processes share
     "gradient_checkpointing": "false",
     "max_completion_length": 32,
     "learning_rate": demo.LEARNING_RATE,
@@ -55,7 +54,6 @@ def launch(policy: Path, output: Path, steps: int, processes: int) -> subprocess
     settings |= {"resume_from_checkpoint": "auto"}
     start = [sys.executable]
     if processes > 1:
-        settings |= {"per_device_train_batch_size": 16 // processes, "gradient_accumulation_steps": processes}
         start += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), *LAUNCH]
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}

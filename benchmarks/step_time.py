@@ -1,21 +1,22 @@
 """Seconds a GRPO step takes, and where they go, for named settings that take turns in one run.
 
     python benchmarks/step_time.py --model 1.5B                     # a GPU: Qwen2.5's shape with random weights
-    python benchmarks/step_time.py --model 1.5B --settings recipe vllm lora checkpointing
+    python benchmarks/step_time.py --model 1.5B --settings recipe trl-vllm trl-vllm-one-pass lora checkpointing
     python benchmarks/step_time.py --model demo --use_cpu --no-bf16 --completion_length 48 --learning_rate 1e-4 \\
         --steps 79 --settings original-fp32 trl recipe              # the demo's whole run, as it learns: 10 minutes
     python benchmarks/step_time.py --model models/SmolLM2-135M-Instruct --use_cpu --completion_length 64
 
-Every setting makes 64 completions a step under one length limit. Each measurement is a process of its own, so that
-its peak is its own; its first step is not counted. Prints a table for Markdown: the mean over a turn's steps,
-of which the median over the rounds, hours for an epoch of GSM8K at that pace, the ratio to the first setting with its
-smallest and largest round, the share of the recipe's own code (rewards and callbacks), and how far generation and
-update are from their floors.
+Every setting makes 64 completions a step under one length limit. Random weights, which earn nothing, get random
+rewards. Each measurement is a process of its own, so that its peak is its own; its first step is not counted. Prints a
+table for Markdown: the mean over a turn's steps, of which the median over the rounds, hours for an epoch of GSM8K at
+that pace, the ratio to the first setting with its smallest and largest round, the share of the recipe's own code
+(rewards and callbacks), and how far generation and update are from their floors.
 """
 
 import argparse
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_grpo
+from benchmarks import turns
 from benchmarks.gpu_memory import SHAPES, shaped
 from rewards import REWARD_FUNCS
 from support import demo
@@ -44,29 +46,36 @@ from support.settings import read_settings
 
 COMPLETIONS = 64  # a step: the recipe's own constants
 EPOCH = 1868  # steps: 4 of GSM8K's 7,473 problems each
+PASSES_OF_16 = {"per_device_train_batch_size": "16", "gradient_accumulation_steps": "4"}
+ONE_PASS = {"per_device_train_batch_size": "64", "gradient_accumulation_steps": "1"}
+TRL = {"lean_step": "false", "use_vllm": "false"}  # TRL's own update
 ORIGINAL = {  # the widely copied gist: bf16 weights, KL to a reference model, and each 16 completions generated alone
+    **TRL,
+    **PASSES_OF_16,
+    "steps_per_generation": "1",
     "dtype": "bfloat16",
     "beta": "0.04",
     "loss_type": "grpo",
-    "steps_per_generation": "1",
     "gradient_checkpointing": "false",
-    "use_vllm": "false",
 }
 SETTINGS = {
     "original": ORIGINAL,
     "original-fp32": {**ORIGINAL, "dtype": "float32"},  # for a CPU, most of which compute slowly in bf16
     "recipe": {},
-    "trl": {"lean_step": "false"},  # the recipe's settings with TRL's own update
-    "bare": {},  # the recipe's settings in a plain GRPOTrainer: no samples, lines, curves or safeguards
+    "trl": {**TRL, **PASSES_OF_16},
+    "trl-one-pass": {**TRL, **ONE_PASS},
+    "trl-vllm": {**TRL, **PASSES_OF_16, "use_vllm": "true"},
+    "trl-vllm-one-pass": {**TRL, **ONE_PASS, "use_vllm": "true"},  # TRL's own best where that fits
+    "bare": {**TRL, **PASSES_OF_16},  # in a plain GRPOTrainer: no samples, lines, curves or safeguards
     "transformers": {"use_vllm": "false"},
     "vllm": {"use_vllm": "true"},
     "vllm-sleeping": {"use_vllm": "true", "vllm_enable_sleep_mode": "true"},
     "checkpointing": {"gradient_checkpointing": "true"},
     "bf16-weights": {"dtype": "bfloat16"},
     "reference": {"beta": "0.04"},
-    "four-generations": {"steps_per_generation": "1"},
-    "small-passes": {"per_device_train_batch_size": "4", "gradient_accumulation_steps": "16"},
-    "one-pass": {"per_device_train_batch_size": "64", "gradient_accumulation_steps": "1"},
+    "four-generations": {**PASSES_OF_16, "steps_per_generation": "1"},
+    "small-passes": {"tokens_per_pass": "1024"},
+    "one-pass": {"tokens_per_pass": "1000000"},
     "lora": {"use_peft": "true"},
     "lora-bf16-base": {"use_peft": "true", "dtype": "bfloat16"},
     "qlora": {"use_peft": "true", "load_in_4bit": "true"},
@@ -93,9 +102,14 @@ def measure(name: str, args) -> dict:
         "eval_steps": "0",
         "bf16": str(args.bf16),
         "learning_rate": str(args.learning_rate),
+        **({"vllm_gpu_memory_utilization": "0.1"} if args.turn else {}),  # others wait beside it
         **SETTINGS[name],
     }
     settings = read_settings(vars(train_grpo), [word for k, v in words.items() for word in (f"--{k}", v)])
+    if args.random_rewards:
+        REWARD_FUNCS[:] = [random_reward]
+    if args.turn and settings.use_vllm:
+        turns.fix_cache()
     tokenizer = load_tokenizer(settings.model_name_or_path)
     samples, _ = train_grpo.load_samples(settings, tokenizer)
     is_bare = name in ("original", "original-fp32", "bare")
@@ -107,9 +121,12 @@ def measure(name: str, args) -> dict:
         trainer._generate_single_turn = partial(trl.GRPOTrainer._generate_single_turn, trainer)
     with nullcontext() if is_bare else protected(trainer, Run(settings)):
         clock = _clock(trainer)
+        turns.wait(args.turn)
         trainer.train()
     is_cuda = settings.device.type == "cuda"
-    computed = needed(gpu_memory(trainer.model, settings), settings, device_memory(settings.device))
+    computed = None
+    if is_cuda:
+        computed = needed(gpu_memory(trainer.model, settings), settings, device_memory(settings.device))
     # of a process, not by getrusage: what that gives begins at the parent's peak
     resident = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     return {
@@ -119,9 +136,15 @@ def measure(name: str, args) -> dict:
         "checkpointing": bool(settings.gradient_checkpointing),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "peak_bytes": torch.cuda.max_memory_allocated() if is_cuda else resident,
-        "computed_bytes": computed if is_cuda else None,
+        "computed_bytes": computed,
         "device": device_name(settings.device),
     }
+
+
+def random_reward(completions, **kwargs) -> list[float]:
+    """Another one for each completion. By the recipe's rewards what random weights write earns nothing, and the lean
+    step leaves out completions without an advantage."""
+    return [random.random() for _ in completions]
 
 
 def _bare(settings, tokenizer, samples):
@@ -203,6 +226,8 @@ def machine(use_cpu: bool) -> dict:
             if not use_cpu:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
+            if sum(times) > 10:  # seconds: some processors are very slow in bf16
+                break
         return min(times)
 
     return {
@@ -229,7 +254,7 @@ def floors(result: dict, speeds: dict) -> dict:
 
 
 def prepare(args) -> tuple[Path, Path]:
-    """Folders of the model and of the problems; a shape gets random weights and the demo's tokenizer."""
+    """Folders of the model and of the problems; a shape gets random weights."""
     problems = args.dataset or args.out / "problems"
     if args.dataset is None:
         demo.write_problems(problems)
@@ -238,17 +263,24 @@ def prepare(args) -> tuple[Path, Path]:
     if args.model not in SHAPES:
         return Path(args.model), problems
     folder = args.out / f"random-{args.model}"
-    if not (folder / "config.json").is_file():
-        torch.manual_seed(0)
-        model = shaped(args.model, torch.bfloat16).to_empty(device="cpu")
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-        tokenizer = demo.train_tokenizer(demo.taught_by(seed=0)[:1000])
-        model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-        model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+    if not folder.is_dir():
+        tokenizer = args.tokenizer and load_tokenizer(args.tokenizer)
+        write_random(args.model, tokenizer or demo.train_tokenizer(demo.taught_by(seed=0)[:1000]), folder)
     return folder, problems
+
+
+def write_random(size: str, tokenizer, folder: Path) -> None:
+    """A model of Qwen2.5's shape with random weights in bf16, in a folder that appears whole."""
+    torch.manual_seed(0)
+    model = shaped(size, torch.bfloat16).to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    partial_folder = folder.with_name(f"{folder.name}.partial")
+    for part in (model, tokenizer):
+        part.save_pretrained(partial_folder)
+    partial_folder.rename(folder)
 
 
 def table(rounds: list[dict[str, dict]], speeds: dict) -> str:
@@ -290,11 +322,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="measured steps a turn, after one that is not")
     parser.add_argument("--completion_length", type=int, default=512, help="limit in tokens")
     parser.add_argument("--dataset", type=Path, help="folder with train.jsonl; the demo's problems where left out")
+    parser.add_argument("--tokenizer", help="folder or Hub name, for random weights; the demo's where left out")
+    parser.add_argument("--random_rewards", action="store_true", help="as with random weights, which earn nothing else")
     parser.add_argument("--learning_rate", type=float, default=train_grpo.LEARNING_RATE, help="(%(default)s)")
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path("outputs/step_time"))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print("MEASURED " + json.dumps(measure(args.measure, args)))
@@ -306,11 +341,11 @@ def main() -> None:
     model, dataset = prepare(args)
     speeds = machine(args.use_cpu)
     print(f"copy {speeds['bandwidth'] / 1e9:,.0f} GB/s, bf16 matrices {speeds['throughput'] / 1e12:,.2f} TFLOP/s")
-    rounds = []
+    rounds, more = [], ["--random_rewards"] if args.model in SHAPES else []
     for number in range(args.rounds):
         rounds.append({})
         for name in args.settings:
-            rounds[-1][name] = result = _in_a_process(name, model, dataset)
+            rounds[-1][name] = result = _in_a_process(name, model, dataset, more)
             print(f"round {number + 1}  {name:<16} {mean(result['step']):8.2f} s a step", flush=True)
         (args.out / "step_time.json").write_text(json.dumps({"machine": speeds, "rounds": rounds}, indent=1) + "\n")
     completions = f"{COMPLETIONS} completions of at most {args.completion_length} tokens"
@@ -318,8 +353,9 @@ def main() -> None:
     print(table(rounds, speeds))
 
 
-def _in_a_process(name: str, model: Path, dataset: Path) -> dict:
-    words = [*sys.argv[1:], "--measure", name, "--model", model, "--dataset", dataset]  # of two flags the last counts
+def _in_a_process(name: str, model: Path, dataset: Path, more: list[str]) -> dict:
+    # of two flags the last counts
+    words = [*sys.argv[1:], "--measure", name, "--model", model, "--dataset", dataset, *more]
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, env=environment)
     for line in done.stdout.splitlines():

@@ -34,7 +34,7 @@ SETTINGS = {
     "cold start, 64 examples": {"cold_start_examples": 64},
     "groups of 8": {"num_generations": 8},
     "groups of 4": {"num_generations": 4},
-    "TRL's step": {"lean_step": False},
+    "TRL's step": {"lean_step": False, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 4},
 }
 
 

@@ -27,7 +27,7 @@ from support.errors import BadInput
 from support.evaluation import score
 from support.faults import faults_explained, protected
 from support.generation import complete, load_policy
-from support.memory import LARGE_REMEDIES, longest
+from support.memory import FIXED_PASS, LARGE_REMEDIES, longest
 from support.progress import Pace
 from support.record import printable, write_whole
 from support.resuming import differences
@@ -261,7 +261,7 @@ def build_trainer(settings, folder: Path, examples: list[dict], tokenizer):
     from support.trainer import SFTTrainer
 
     share = settings.cold_start_batch_size // processes.count()
-    fitting = max(1, (settings.tokens_per_pass or share * longest(settings)) // longest(settings))
+    fitting = max(1, (settings.tokens_per_pass or FIXED_PASS) // longest(settings))
     size = max(n for n in range(1, share + 1) if share % n == 0 and n <= fitting)
     disable_progress_bars()  # four of them for a second's work
     same = ("model_init_kwargs", "trust_remote_code", "gradient_checkpointing", "bf16", "fp16", "use_cpu", "seed")

@@ -1,9 +1,8 @@
-"""A GRPO step in as few passes as fit, which computes only what has a gradient.
+"""A GRPO step that computes only what has a gradient, in few passes.
 
-TRL pads all completions of a generation to the longest, and computes each micro-batch at that width, the completions
-of advantage 0 included. A small policy's update is bound by kernel launches rather than by tokens, a large one's by
-memory. So a step is one micro-batch for TRL here, and is split into passes of at most TOKENS_PER_PASS tokens, backward
-after each:
+TRL pads all completions of a generation to the longest, and computes each micro-batch at that width, completions of
+advantage 0 included. A small policy's update is bound by kernel launches rather than by tokens. So a step is one
+micro-batch for TRL here, and is split into passes of at most TOKENS_PER_PASS tokens, backward after each:
 
 - drop: completions of advantage 0 are left out, unless a KL term gives them a gradient.
 - order: the others are sorted by length, so that those of a pass are about as long.
@@ -18,7 +17,9 @@ import torch
 import trl
 from accelerate.utils import DistributedType
 
-from support.memory import splits
+from support import processes
+from support.errors import BadInput
+from support.memory import can_split
 
 SUMS = ("dapo", "cispo", "vespo")  # losses that are a sum over tokens by a normalizer of the whole generation
 ROW_MEANS = ("grpo", "dr_grpo", "sapo", "luspo")  # a mean over the rows of a pass
@@ -31,9 +32,13 @@ class LeanGRPOTrainer(trl.GRPOTrainer):
     def __init__(self, model, **kwargs):
         super().__init__(model, **kwargs)
         self.trims = self.args.lean_step
-        reads_all = self.aux_loss_enabled or self.loss_type not in SUMS + ROW_MEANS + TOKEN_MEANS
-        self.splits = splits(self.args) and not reads_all  # as a router's loss does
+        self.splits = can_split(self.args) and self.loss_type in SUMS + ROW_MEANS + TOKEN_MEANS
         self.drops = self.splits and self.beta == 0  # a KL term has a gradient at any advantage
+        if self.splits and self.aux_loss_enabled:
+            raise BadInput(
+                "LEAN_STEP cannot split a step of a mixture of experts, whose router has a loss of all completions: "
+                "ROUTER_AUX_LOSS_COEF = 0, or LEAN_STEP = False with a smaller PER_DEVICE_TRAIN_BATCH_SIZE"
+            )
 
     def update_in_words(self) -> str:
         """How a step's passes differ from TRL's, for the plan."""
@@ -49,15 +54,20 @@ class LeanGRPOTrainer(trl.GRPOTrainer):
         value are those of all passes together."""
         if not (self.trims and self.model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        *passes, last = self._passes(inputs, self.splits, self.drops, is_update=True)
+        *passes, last = [rows for _, rows in self._passes(inputs, self.splits, self.drops)]
+        theirs, *ours = [
+            each["prompt_ids"].numel() + each["completion_ids"].numel() for each in (inputs, *passes, last)
+        ]
+        self._metrics["train"]["computed_tokens"].append(sum(ours) / theirs)
+        self._metrics["train"]["passes"].append(len(ours))
         done = 0.0
-        for _, rows in passes:
+        for rows in passes:
             with self._gradients_stay_here(model):
                 loss = super().compute_loss(model, rows) * self._share(rows, inputs)
                 is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))  # as Trainer does
             done += loss.detach()
-        return super().compute_loss(model, last[1]) * self._share(last[1], inputs) + done
+        return super().compute_loss(model, last) * self._share(last, inputs) + done
 
     def _share(self, rows: dict, inputs: dict):
         """The weight of a pass' loss in that of all `inputs`."""
@@ -69,11 +79,11 @@ class LeanGRPOTrainer(trl.GRPOTrainer):
 
     @contextmanager
     def _gradients_stay_here(self, model):
-        """Within it, a backward pass is one of several: gradients are not yet summed over the processes (but by FSDP,
-        which would keep all of them in each process meanwhile), and DeepSpeed makes no step."""
+        """For a backward pass that others follow: gradients are summed over the processes in the last one alone (FSDP
+        sums in each, or every process would hold whole gradients), and DeepSpeed makes no step."""
         is_last = self.accelerator.sync_gradients
         self.accelerator.sync_gradients = False
-        with nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):
+        with nullcontext() if processes.is_sharded() else self.accelerator.no_sync(model):
             yield
         self.accelerator.sync_gradients = is_last
 
@@ -89,19 +99,19 @@ class LeanGRPOTrainer(trl.GRPOTrainer):
         masks = {"prompt_mask": attention_mask[:, :prompts], "completion_mask": attention_mask[:, prompts:]}
         whole = {"prompt_ids": input_ids[:, :prompts], "completion_ids": input_ids[:, prompts:], **masks}
         logps = torch.zeros(masks["completion_mask"].shape, device=input_ids.device)  # (B, C); padding counts nowhere
-        for numbers, rows in self._passes(whole, is_split=True, drops=False):
+        for numbers, rows in self._passes(whole, splits=True, drops=False):
             ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
             mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
             width = rows["completion_ids"].shape[1]
             logps[numbers, :width] = compute(model, ids, mask, width, **kwargs)[0].to(logps.dtype)
         return logps, None, None
 
-    def _passes(self, inputs: dict, is_split: bool, drops: bool, is_update: bool = False) -> list[tuple]:
+    def _passes(self, inputs: dict, splits: bool, drops: bool) -> list[tuple]:
         """What `inputs` (B rows in every process) are computed in: for each pass the numbers of its rows, a tensor, and
         their values.
 
-        All processes make as many passes of as many rows: what is summed or gathered in a pass, a metric or the weights
-        of a policy in shards, is so in all of them at once.
+        All processes make as many passes of as many rows: TRL gathers metrics in each pass, and FSDP and ZeRO-3 gather
+        weights, for which every process waits.
         """
         teaches = inputs["advantages"] != 0 if drops else torch.ones_like(inputs["prompt_mask"][:, 0])
         table = torch.stack([inputs["prompt_mask"].sum(1), inputs["completion_mask"].sum(1), teaches], dim=1)  # (B, 3)
@@ -109,25 +119,22 @@ class LeanGRPOTrainer(trl.GRPOTrainer):
         multiple, rank = self.pad_to_multiple_of or 1, self.accelerator.process_index
         rows = [(*(max(1, -(-n // multiple)) * multiple for n in row[:2]), row[2]) for row in table]
         of_processes = [rows[start : start + len(teaches)] for start in range(0, len(rows), len(teaches))]
-        passes = split(of_processes, self.args.tokens_per_pass if is_split else float("inf"))
+        passes = into_passes(of_processes, self.args.tokens_per_pass if splits else float("inf"))
         mine, passes = of_processes[rank], [each[rank] for each in passes]
         order = torch.tensor([i for numbers in passes for i in numbers], device=teaches.device)
         ordered = {name: value[order] if _has_rows(value) else value for name, value in inputs.items()}
-        parts, start, tokens = [], 0, 0
+        parts, start = [], 0
         for numbers in passes:
             chosen, widths = slice(start, start + len(numbers)), _widths([mine[i] for i in numbers])
             parts.append((order[chosen], _trimmed(ordered, chosen, *widths)))
-            start, tokens = chosen.stop, tokens + len(numbers) * sum(widths)
-        if is_update:
-            theirs = inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
-            self._metrics["train"]["computed_tokens"].append(tokens / theirs)
+            start = chosen.stop
         return parts
 
 
 Row = tuple[int, int, bool]  # tokens of the prompt and of the completion, and whether it has a gradient
 
 
-def split(of_processes: list[list[Row]], limit: float) -> list[list[list[int]]]:
+def into_passes(of_processes: list[list[Row]], limit: float) -> list[list[list[int]]]:
     """The rows of each pass: for each process their numbers, the shortest completion first.
 
     Every process computes as many rows as the one with the most that have a gradient, and at least one, in passes of at
@@ -160,8 +167,8 @@ def _has_rows(value) -> bool:
 
 
 def _trimmed(inputs: dict, rows: slice, prompts: int, completions: int) -> dict:
-    """Some rows; prompts, padded on the left, and all that is as wide as the completions, padded on the right, cut to
-    so many tokens."""
+    """Some rows; prompts, padded on the left, and all that is as wide as the completions, padded on the right, narrowed
+    to so many tokens."""
     trimmed = {name: value[rows] if _has_rows(value) else value for name, value in inputs.items()}
     for name, value in trimmed.items():
         if _has_rows(value) and value.ndim == 2:

@@ -101,7 +101,7 @@ def settle(settings) -> None:
         fit(model, settings, total)
         check(model, settings, total)
         return
-    # the demo's policy is not there yet; a sharded one needs less than is computed here, by how much depends on how
+    # a CPU's memory decides nothing, the demo's policy is not there yet, what a sharded one needs is not known
     if settings.gradient_checkpointing is None:
         settings.gradient_checkpointing = processes.is_sharded()
     if settings.tokens_per_pass is None and settings.lean_step:
@@ -130,15 +130,13 @@ def shape(settings):
 
 
 def fit(model, settings, total: int) -> None:
-    """Choose `settings`' gradient checkpointing and tokens a pass, where they are None, by what `total` bytes hold.
-
-    No recomputation is preferred, unless fewer than `FULL_PASS` tokens fit without it. A pass is no larger than keeps a
-    GPU busy: smaller ones, of rows that are more alike, have less padding.
-    """
+    """Choose `settings`' gradient checkpointing and tokens a pass, where they are None, by what `total` bytes hold: no
+    recomputation, unless fewer than `FULL_PASS` tokens fit without it; passes no larger than keep a GPU busy, since
+    smaller ones, of rows that are more alike, have less padding."""
     if settings.gradient_checkpointing is None:
         settings.gradient_checkpointing = False
         step = settings.per_device_train_batch_size * longest(settings)
-        least = min(step, settings.tokens_per_pass or FULL_PASS) if splits(settings) else step
+        least = min(step, settings.tokens_per_pass or FULL_PASS) if can_split(settings) else step
         settings.gradient_checkpointing = _tokens_that_fit(model, settings, total) < least
     if settings.tokens_per_pass is None and settings.lean_step:
         busy = max(FULL_PASS, int(BUSY * _shape(model.config)[0] / sum(p.numel() for p in model.parameters())))
@@ -146,7 +144,7 @@ def fit(model, settings, total: int) -> None:
         settings.tokens_per_pass = max(min(busy, _tokens_that_fit(model, settings, total)), longest(settings))
 
 
-def splits(settings) -> bool:
+def can_split(settings) -> bool:
     """Whether a step can be split into passes: an entropy bonus and an entropy mask are computed from all completions
     of a pass."""
     reads_all = settings.entropy_coef or settings.use_adaptive_entropy or settings.top_entropy_quantile < 1
@@ -195,9 +193,9 @@ def remedies(settings) -> list[str]:
         found.append(f"VLLM_GPU_MEMORY_UTILIZATION below {settings.vllm_gpu_memory_utilization:g}")
     if not settings.gradient_checkpointing:
         found.append("GRADIENT_CHECKPOINTING = True")
-    if splits(settings) and settings.tokens_per_pass > longest(settings):
+    if can_split(settings) and settings.tokens_per_pass > longest(settings):
         found.append(f"TOKENS_PER_PASS below {settings.tokens_per_pass:,}")
-    if not splits(settings) and batch > 1:
+    if not can_split(settings) and batch > 1:
         found.append(
             f"PER_DEVICE_TRAIN_BATCH_SIZE {batch} -> {batch // 2}, with GRADIENT_ACCUMULATION_STEPS {steps} -> "
             f"{steps * batch // (batch // 2)} the step stays the same"
@@ -236,7 +234,7 @@ def _shape(config) -> tuple[int, int, int, int]:
 def _largest_pass(settings) -> int:
     """Tokens of the largest pass that there can be."""
     step = settings.per_device_train_batch_size * longest(settings)
-    return min(step, max(settings.tokens_per_pass or step, longest(settings))) if splits(settings) else step
+    return min(step, max(settings.tokens_per_pass or step, longest(settings))) if can_split(settings) else step
 
 
 def _bytes_a_token(config, settings) -> float:

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import shlex
 import sys
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from support import processes
 from support.checkpoints import checkpoints, flaw, newest_whole, state_of, step_of
 from support.faults import LOCK, is_locked
 from support.generation import VLLM_VERSIONS, vllm_obstacle
-from support.memory import splits
+from support.memory import can_split
 from support.problems import is_path
 from support.record import read_run
 
@@ -61,9 +62,7 @@ def _numbers(flags: argparse.Namespace) -> list[str]:
     problems, odd = [], set()
     for name, (is_right, words) in NUMBERS.items():
         value = getattr(flags, name)
-        if value is None and name == "tokens_per_pass":
-            continue
-        if value is None or not is_right(value):
+        if not (name == "tokens_per_pass" if value is None else is_right(value)):
             problems.append(f"{name.upper()} is {value}; it must be {words}")
             odd.add(name)
     if not odd & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
@@ -91,9 +90,11 @@ def _shares(flags: argparse.Namespace) -> list[str]:
 
 
 def _divisible(flags: argparse.Namespace, count: int) -> list[str]:
-    """The flag with which a step divides among processes, in whole groups: some more completions."""
+    """Flags with which a step of as many completions, or some more, divides among processes in whole groups."""
     unit = math.lcm(count, max(1, flags.num_generations))
-    return ["--per_device_train_batch_size", str(-(-flags.per_device_train_batch_size // unit) * unit)]
+    completions = -(-flags.per_device_train_batch_size * flags.gradient_accumulation_steps // unit) * unit
+    more = ["--gradient_accumulation_steps", "1"] if flags.gradient_accumulation_steps > 1 else []
+    return ["--per_device_train_batch_size", str(completions), *more]
 
 
 def _groups(flags: argparse.Namespace) -> list[str]:
@@ -121,8 +122,8 @@ def _hardware(flags: argparse.Namespace) -> list[str]:
     problems = []
     if not torch.cuda.is_available() and not flags.use_cpu:
         problems.append(
-            "no CUDA GPU is visible, and the default run takes one with 40 GB or more. `python train_grpo.py --demo` "
-            "shows the whole pipeline on any machine in minutes; `--use_cpu true` forces a real, slow run on the CPU"
+            "no CUDA GPU is visible, and the default run takes one with 80 GB (40 without vLLM). `python train_grpo.py "
+            "--demo` shows the whole pipeline on any machine; `--use_cpu true` forces a real, slow run on the CPU"
         )
     if processes.is_sharded() and flags.use_cpu:
         problems.append("accelerate shards on GPUs alone: with --use_cpu its FSDP and DeepSpeed flags would be ignored")
@@ -263,9 +264,17 @@ UNUSED = (  # where it holds, what to say
         "--vllm_mode server has no effect with USE_VLLM = False",
     ),
     (
-        lambda f: f.tokens_per_pass is not None and not splits(f),
-        "TOKENS_PER_PASS has no effect with LEAN_STEP = False, an entropy bonus or an entropy mask: those compute all "
-        "PER_DEVICE_TRAIN_BATCH_SIZE completions at once; lower that, and raise GRADIENT_ACCUMULATION_STEPS",
+        lambda f: f.tokens_per_pass is not None and not can_split(f),
+        "TOKENS_PER_PASS does not split a step with LEAN_STEP = False, an entropy bonus or an entropy mask: lower "
+        "PER_DEVICE_TRAIN_BATCH_SIZE, and raise GRADIENT_ACCUMULATION_STEPS",
+    ),
+    (
+        lambda f: f.lean_step and re.search("lomo|layerwise", f.optim),
+        "--optim makes a step in each backward pass, of which LEAN_STEP makes several: --lean_step false",
+    ),
+    (
+        lambda f: f.load_in_8bit,
+        "--load_in_8bit is not covered; --load_in_4bit true with --use_peft true needs less memory",
     ),
     (
         lambda f: f.load_in_4bit and not f.use_peft,

@@ -19,8 +19,7 @@ def end_at_once() -> None:
     if count() > 1:
         end_before_python_does()  # the first of all exit handlers, so that it comes last
         if sys.platform == "linux":
-            PR_SET_PDEATHSIG = 1
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def raise_again() -> None:
@@ -113,7 +112,7 @@ def part() -> None:
 
 def leave_groups() -> None:
     """Destroy torch's process groups, of which vLLM makes some in a single process too: torch complains of one that is
-    there at the end. vLLM's go first, by its own hand, or its exit handler meets groups that are gone."""
+    there at the end. vLLM destroys its own first: its exit handler fails where they are gone already."""
     from torch import distributed
 
     if vllm := sys.modules.get("vllm.distributed"):

@@ -33,6 +33,8 @@ def plan(trainer, settings, max_steps: int, start_step: int) -> str:
     weights = " and ".join(sorted({_name(p.dtype) for p in policy.parameters()}))
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     completions = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    is_divided = args.per_device_train_batch_size < completions
+    micro_batches = f" in micro-batches of {args.per_device_train_batch_size}" if is_divided else ""
     reference = f"KL to a reference model, beta {args.beta}" if args.beta else "no reference model (beta 0)"
     is_regular = args.save_strategy == "steps"
     every = f"{args.save_steps:g} steps" if args.save_steps >= 1 else f"{args.save_steps:.0%} of all steps"
@@ -49,7 +51,7 @@ def plan(trainer, settings, max_steps: int, start_step: int) -> str:
         "generation": f"{_backend(settings)}, {args.generation_batch_size} completions at a time, "
         f"at most {args.max_completion_length} tokens each",
         "a step": f"{completions / args.num_generations:g} prompts x {args.num_generations} completions = "
-        f"{completions} completions{_at_a_time(args)}, gradient checkpointing "
+        f"{completions} completions{micro_batches}, gradient checkpointing "
         f"{'on' if args.gradient_checkpointing else 'off'}",
         "steps": f"{max_steps:,}" + (f", resuming after step {start_step:,}" if start_step else ""),
         "update": trainer.update_in_words(),
@@ -65,16 +67,9 @@ def _backend(settings) -> str:
         return f"vLLM ({settings.vllm_mode})"
     merging = "merging an adapter into 4-bit weights for it at every step would wear them away"
     why = obstacle = vllm_obstacle(settings.use_cpu)
-    if obstacle and settings.device.type == "cuda":
+    if obstacle and settings.device.type == "cuda" and not settings.demo:
         why = f"{obstacle}; without it generation takes about six times as long (SmolLM2 on an H200)"
     return f"Transformers ({why or (merging if settings.load_in_4bit else 'USE_VLLM is False')})"
-
-
-def _at_a_time(args) -> str:
-    """Completions that TRL takes a backward pass for, where a step has more than those."""
-    if args.gradient_accumulation_steps * args.world_size == 1:
-        return ""
-    return f", {args.per_device_train_batch_size} at a time" + (" in each process" if args.world_size > 1 else "")
 
 
 def _memory(policy, settings) -> str:

@@ -115,16 +115,15 @@ def differences(before: dict, after: dict) -> list[str]:
 
 def _say_how_it_splits(checkpoint: Path, run: dict, settings) -> None:
     """Say where completions are split otherwise than by the run that saved, so that it is not resumed to the bit."""
-    now, count = vars(settings), max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
-    then = run.get("settings", now)
-    saved_by, goes_on = (
-        f"{count} process(es) of {values['per_device_train_batch_size']} completions, {values.get('tokens_per_pass')} "
-        "tokens a pass"
-        for count, values in ((count, then), (processes.count(), now))
+    before, count = max(1, len(list(checkpoint.glob("rng_state_*.pth")))), processes.count()
+    saved_by, resumes_with = (
+        f"{number} process(es) of {values['per_device_train_batch_size']} completions, "
+        f"{values.get('tokens_per_pass') or 'any number of'} tokens a pass"
+        for number, values in ((before, run.get("settings", vars(settings))), (count, vars(settings)))
     )
-    if saved_by != goes_on:
-        states = "" if count == processes.count() else ", random states are new"
-        print(f"{checkpoint} was saved by {saved_by}, and goes on with {goes_on}: sums round otherwise{states}")
+    if saved_by != resumes_with:
+        states = "" if before == count else ", random states are new"
+        print(f"{checkpoint} was saved by {saved_by}, and resumes with {resumes_with}: sums round otherwise{states}")
 
 
 def is_finished(settings) -> bool:

@@ -35,13 +35,8 @@ class Unfinished:
         """
         path = self.folder / f"{self.stem}.unfinished-{fingerprint(asked)[:8]}.jsonl"
         if path.is_file():
-            self.completions = _read(path)[1]
+            self.completions = _read(path)
             print(f"going on: {len(self.completions):,} of {count:,} problems are answered in {path}")
-        for other in sorted(set(self.folder.glob(f"{self.stem}.unfinished-*.jsonl")) - {path}):
-            before, found = _read(other)
-            changed = ", ".join(name for name, value in asked.items() if before.get(name) != value)
-            what = "" if self.completions else "; starting anew"
-            print(f"{other}: {len(found):,} answers are not used: {changed} changed since{what}")
         try:
             lines = [asked, *({"index": i, **completion} for i, completion in self.completions.items())]
             write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))  # without a line that was cut off
@@ -90,18 +85,16 @@ class Unfinished:
             print(f"evaluation ended early: {answered} problems are answered{kept}", file=sys.stderr)
 
 
-def _read(path: Path) -> tuple[dict, dict[int, dict]]:
-    """What was asked, and the completions by their problem's number, up to a line that was cut off."""
-    asked, completions = {}, {}
+def _read(path: Path) -> dict[int, dict]:
+    """The completions by their problem's number, behind what was asked and up to a line that was cut off."""
+    completions = {}
     try:
-        first, *lines = path.read_text(encoding="utf-8").split("\n")
-        asked = json.loads(first)
-        for line in lines:
+        for line in path.read_text(encoding="utf-8").split("\n")[1:]:
             completion = json.loads(line)
             completions[completion.pop("index")] = completion
     except ValueError:  # the end of the file, as it is or where a kill left it
         pass
-    return asked, completions
+    return completions
 
 
 def fingerprint(value) -> str:

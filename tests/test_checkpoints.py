@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 from conftest import (
     LONG,
@@ -282,6 +283,25 @@ def test_settings_that_shape_the_trajectory_must_be_the_runs(copy, policy, data,
     ):
         assert line in error
     assert "save_steps" not in error
+
+
+def test_a_run_from_before_steps_were_split_by_tokens_goes_on(trained, policy, data, tmp_path):
+    """On the same problems; its completions came in several backward passes of TRL's a step."""
+    run, before = tmp_path / "run", {"per_device_train_batch_size": "4", "gradient_accumulation_steps": "2"}
+    assert start("train_grpo.py", *flags(policy, data, run, **before)).returncode == 0
+    shutil.rmtree(run / "checkpoint-4")
+    saved = json.loads((run / "run.json").read_text())
+    del saved["settings"]["tokens_per_pass"]
+    saved["settings"]["fit_memory"] = True
+    (run / "run.json").write_text(json.dumps({**saved, "outcome": "running"}))
+    done = resumed(run, flags(policy, data, run))
+    assert "was saved by 1 process(es) of 4 completions, any number of tokens a pass, and resumes with" in done.stdout
+    assert "sums round otherwise" in done.stdout
+    for step in (3, 4):
+        tables = [
+            pandas.read_parquet(of / "completions" / f"completions_{step:05d}.parquet") for of in (run, trained[0])
+        ]
+        assert tables[0]["prompt"].map(str).tolist() == tables[1]["prompt"].map(str).tolist()
 
 
 def test_other_problems_are_not_the_same_run(copy, policy, data, tmp_path, capsys):

@@ -448,23 +448,21 @@ def other_prompt(model, data):
 
 
 @pytest.mark.parametrize(
-    ("change", "words", "what"),
+    ("change", "words"),
     [
-        (other_weights, [], "weights"),
-        (other_data, [], "problems, prompts"),
-        (other_prompt, [], "prompts"),
-        (None, ["--max_completion_length", "8"], "max_completion_length"),
-        (None, ["--limit", "5"], "problems, prompts"),
-        (None, ["--batch_size", "3"], "batch_size"),
+        (other_weights, []),
+        (other_data, []),
+        (other_prompt, []),
+        (None, ["--max_completion_length", "8"]),
+        (None, ["--limit", "5"]),
+        (None, ["--batch_size", "3"]),
     ],
 )
-def test_what_would_change_an_answer_starts_anew_aloud(half_answered, tmp_path, capsys, change, words, what):
+def test_what_would_change_an_answer_starts_anew(half_answered, tmp_path, capsys, change, words):
     if change:
         change(tmp_path / "model", tmp_path / "data")
     evaluate.main([*half_answered, *words])
-    out = capsys.readouterr().out
-    assert f"2 answers are not used: {what} changed since; starting anew" in out
-    assert "going on" not in out
+    assert "going on" not in capsys.readouterr().out
     assert answered(tmp_path / "model") == 2, "they are kept"
     assert (tmp_path / "model" / "evaluation.json").is_file()
 

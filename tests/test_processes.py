@@ -58,7 +58,7 @@ def two(tmp_path_factory, policy, data) -> tuple[Path, str]:
 
 def test_two_processes_train_on_the_same_prompts_with_as_many_completions_a_step(two, trained):
     run, out = two
-    assert "2 prompts x 4 completions = 8 completions, 4 at a time in each process, gradient checkpointing off" in out
+    assert "2 prompts x 4 completions = 8 completions in micro-batches of 4, gradient checkpointing off" in out
     ours, alone = steps(run), steps(trained[0])
     assert len(ours) == len(alone) == 4
     for mine, other in zip(ours, alone, strict=True):
@@ -120,6 +120,7 @@ def test_the_lean_step_of_two_processes_has_trls_gradient(policy, data, tmp_path
     assert largest > 1e-2
     assert max((ours[name] - theirs[name]).abs().max().item() for name in before) <= 1e-6 * largest
     assert log(tmp_path / "true")[0]["computed_tokens"] < 1
+    assert log(tmp_path / "true")[0]["passes"] > 1
 
 
 def test_what_two_processes_saved_is_evaluated_like_any_other(two, data):
@@ -176,7 +177,7 @@ def test_one_process_goes_on_with_what_two_have_saved_and_says_what_differs(two,
     done = start("train_grpo.py", *flags(policy, data, run, resume_from_checkpoint="auto"))
     assert done.returncode == 0, done.stderr[-4000:]
     saved_by = "was saved by 2 process(es) of 4 completions, 4096 tokens a pass"
-    assert f"{saved_by}, and goes on with 1 process(es) of 8 completions, 4096 tokens a pass" in done.stdout
+    assert f"{saved_by}, and resumes with 1 process(es) of 8 completions, 4096 tokens a pass" in done.stdout
     assert "random states are new" in done.stdout
     for ours, other in zip(steps(run)[2:], steps(two[0])[2:], strict=True):
         assert ours["prompt"].map(str).tolist() == other["prompt"].map(str).tolist(), "where the data stood"
@@ -243,6 +244,11 @@ def test_a_mistake_is_told_once_and_ends_every_process(policy, data, tmp_path):
     ("processes", "words", "message"),
     [
         (3, [], "PER_DEVICE_TRAIN_BATCH_SIZE 64 .* among 3 processes: --per_device_train_batch_size 96 do"),
+        (
+            2,
+            ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "64"],
+            "among 2 processes: --per_device_train_batch_size 64 --gradient_accumulation_steps 1 do",
+        ),
         (2, ["--demo"], "--demo is for one process"),
         (2, ["--cold_start_examples", "4", "--cold_start_batch_size", "3"], "COLD_START_BATCH_SIZE is 3"),
     ],

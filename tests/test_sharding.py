@@ -90,6 +90,7 @@ def test_the_lean_step_of_a_sharded_policy_has_the_gradient_of_a_whole_one(recom
     assert largest > 1e-2
     assert max((ours[name] - theirs[name]).abs().max().item() for name in before) <= 1e-5 * largest
     assert log(tmp_path / "sharded")[0]["computed_tokens"] < 1
+    assert log(tmp_path / "sharded")[0]["passes"] > 1
 
 
 def test_a_sharded_cold_start_goes_on_to_grpo_and_saves_right_after_measuring(policy, data, tmp_path):

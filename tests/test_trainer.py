@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 import rewards
 import train_grpo
-from support.lean_step import split
+from support.lean_step import into_passes
 from support.problems import load_tokenizer
 from support.progress import plan
 
@@ -58,6 +58,8 @@ def train(policy, data, output, lean: bool, lengths=MIXED, paid=TWO_LIVE_GROUPS,
             torch.randint(20 if reward > 0.5 else 60, 60 if reward > 0.5 else 100, (n,), generator=generator).tolist()
             for n, reward in zip(lengths, paid, strict=False)
         ]
+        for row in ids[::2]:
+            row[-1] = tokenizer.eos_token_id
         return ids[: len(prompt_ids)], None
 
     def reward(completions, **kwargs):
@@ -158,6 +160,10 @@ CASES = {
     "a soft gate in place of the clip": {"loss_type": "sapo", "paid": ONE_SILENT_GROUP},
     "a sum of each completion's tokens": {"loss_type": "luspo", "paid": ONE_SILENT_GROUP},
     "a weight of each completion": {"loss_type": "vespo", "paid": ONE_SILENT_GROUP},
+    "without truncated completions": {"mask_truncated_completions": "true", "paid": ONE_SILENT_GROUP},
+    "a mean over the tokens of those": {"mask_truncated_completions": "true", "loss_type": "bnpo"},
+    "a ratio of whole completions": {"importance_sampling_level": "sequence", "paid": ONE_SILENT_GROUP},
+    "a mask of what is off-policy": {"off_policy_mask_threshold": "0.5", "paid": ONE_SILENT_GROUP},
     "KL and a mean over completions": {"loss_type": "grpo", "beta": "0.1", "paid": ONE_SILENT_GROUP},
     "several steps a generation": {
         "learning_rate": "1e-12",  # AdamW makes a step of what rounds differently, and the next gradient another
@@ -235,7 +241,7 @@ def computed(trainer) -> float:
     ],
 )
 def test_rows_are_split_into_passes(of_processes, limit, passes, reason):
-    assert split(of_processes, limit) == passes, reason
+    assert into_passes(of_processes, limit) == passes, reason
 
 
 def test_a_step_in_which_no_group_teaches_moves_the_weights_as_before(policy, data, tmp_path):
@@ -250,7 +256,7 @@ def test_a_step_in_which_no_group_teaches_moves_the_weights_as_before(policy, da
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-def test_vllms_correction_is_cut_and_sorted_with_its_completions(mode, policy, data, tmp_path):
+def test_vllms_correction_is_narrowed_and_sorted_with_its_completions(mode, policy, data, tmp_path):
     """Log-probabilities near the policy's own, as vLLM returns them; TRL computes them again, here trimmed as well."""
 
     def as_if_vllm(trainer):
