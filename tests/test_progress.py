@@ -20,7 +20,8 @@ from support.progress import closing_remark, step_line
 )
 def test_the_plan_says_what_a_gpu_loses_without_vllm(obstacle, device, words, monkeypatch):
     monkeypatch.setattr(progress, "vllm_obstacle", lambda use_cpu: obstacle)
-    run = SimpleNamespace(use_vllm=False, use_cpu=device == "cpu", load_in_4bit=False, device=torch.device(device))
+    settings = {"use_vllm": False, "use_cpu": device == "cpu", "load_in_4bit": False, "demo": False}
+    run = SimpleNamespace(**settings, device=torch.device(device))
     assert words in progress._backend(run)
 
 
