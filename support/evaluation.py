@@ -167,23 +167,13 @@ def evaluate(
     Raises:
         BadInput: the model or the problems cannot be loaded.
     """
-    if use_vllm and (obstacle := vllm_obstacle(use_cpu)):
-        raise BadInput(
-            f"--use_vllm true needs vLLM {' to '.join(VLLM_VERSIONS)} and a CUDA GPU, but {obstacle}; leave it out to "
-            "use Transformers"
-        )
+    use_vllm = _uses_vllm(name, use_vllm, use_cpu, vllm_gpu_memory_utilization)
     check_weights(name)
     tokenizer = load_tokenizer(name, revision, trust_remote_code)
     problems = task.problems()
     prompts = [task.prompt(problem["question"]) for problem in problems]
     if answers:
         answers.make_room()  # before hours of answers
-    if use_vllm is None:
-        is_adapter = (Path(name) / "adapter_config.json").exists()
-        obstacle = "vLLM loads whole models, and this is an adapter" if is_adapter else vllm_obstacle(use_cpu)
-        use_vllm = obstacle is None
-        if obstacle and vllm_gpu_memory_utilization is not None:
-            print(f"--vllm_gpu_memory_utilization has no effect: Transformers decodes {name}, because {obstacle}")
     how_to_load = (revision, use_cpu, trust_remote_code)
     if use_vllm:
         limits = (task.max_completion_length, task.chat_template_kwargs)
@@ -196,6 +186,21 @@ def evaluate(
     where = {"model": name, "dataset": task.dataset_name, "split": task.split}
     how = {key: getattr(task, key) for key in COMPARABLE}
     return {**where, **summarize(rows), "model_revision": revision, "limit": task.limit, **how}, rows
+
+
+def _uses_vllm(name: str, asked: bool | None, use_cpu: bool, share: float | None) -> bool:
+    """Whether vLLM decodes: where it is `asked` for, or where it can and nothing is said. `share` is of the GPU."""
+    obstacle = vllm_obstacle(use_cpu)
+    if asked and obstacle:
+        raise BadInput(
+            f"--use_vllm true needs vLLM {' to '.join(VLLM_VERSIONS)} and a CUDA GPU, but {obstacle}; leave it out to "
+            "use Transformers"
+        )
+    if asked is None and (Path(name) / "adapter_config.json").exists():
+        obstacle = "vLLM loads whole models, and this is an adapter"
+    if asked is None and obstacle and share is not None:
+        print(f"--vllm_gpu_memory_utilization has no effect: Transformers decodes {name}, because {obstacle}")
+    return asked is not False and obstacle is None
 
 
 def _complete(name: str, policy, tokenizer, problems, prompts, task: Task, batch_size: int, answers) -> list[dict]:

@@ -122,7 +122,8 @@ class LeanGRPOTrainer(trl.GRPOTrainer):
         passes = into_passes(of_processes, self.args.tokens_per_pass if splits else float("inf"))
         mine, passes = of_processes[rank], [each[rank] for each in passes]
         order = torch.tensor([i for numbers in passes for i in numbers], device=teaches.device)
-        ordered = {name: value[order] if _has_rows(value) else value for name, value in inputs.items()}
+        # a number for all rows, or what is no tensor, stays as it is
+        ordered = {name: value[order] if getattr(value, "ndim", 0) else value for name, value in inputs.items()}
         parts, start = [], 0
         for numbers in passes:
             chosen, widths = slice(start, start + len(numbers)), _widths([mine[i] for i in numbers])
@@ -162,15 +163,10 @@ def _widths(rows: list[Row]) -> tuple[int, int]:
     return max(row[0] for row in rows), max(row[1] for row in rows)
 
 
-def _has_rows(value) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0
-
-
 def _trimmed(inputs: dict, rows: slice, prompts: int, completions: int) -> dict:
-    """Some rows; prompts, padded on the left, and all that is as wide as the completions, padded on the right, narrowed
-    to so many tokens."""
-    trimmed = {name: value[rows] if _has_rows(value) else value for name, value in inputs.items()}
+    """Some rows; prompts, padded on the left, and all that is as wide as completions, padded on the right, narrowed."""
+    trimmed = {name: value[rows] if getattr(value, "ndim", 0) else value for name, value in inputs.items()}
     for name, value in trimmed.items():
-        if _has_rows(value) and value.ndim == 2:
+        if getattr(value, "ndim", 0) == 2:
             trimmed[name] = value[:, -prompts:] if name.startswith("prompt_") else value[:, :completions]
     return trimmed
