@@ -8,7 +8,7 @@
 Strict accuracy counts the right number in the required format, lenient accuracy the right number as the last one
 anywhere in the text: the gap between them is format, not arithmetic. --compare shows three columns: the baseline with
 its native prompt, the baseline with the recipe's, and the model; what the first already solves was not learned here.
-What is answered stays on disk: after Ctrl-C or a kill the same command goes on from there.
+Answers are on disk as they come: after Ctrl-C or a kill the same command resumes.
 """
 
 from support import processes
@@ -18,39 +18,38 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
+import shlex
 import signal
 import sys
+from dataclasses import replace
+from operator import eq
 from pathlib import Path
 
-from rewards import SYSTEM_PROMPT
-from support.comparison import baselines, home, native_obstacle, paired, table, verdicts
+from support.comparison import paired, table, verdicts
 from support.errors import BadInput
-from support.evaluation import Task, check_weights, evaluate, save, stem
+from support.evaluation import COMPARABLE, OF_A_RUN, Task, check_weights, evaluate, save_report
 from support.generation import BATCH_SIZE, complete, load_policy
-from support.problems import expand, load_tokenizer
+from support.problems import load_tokenizer
 from support.record import printable, read_run
 from support.report import write_report
-from support.side_by_side import write_page
-from support.unfinished import Unfinished
-
-DEFAULTS = {  # what is measured where neither the run nor a flag says otherwise
-    "dataset_name": "openai/gsm8k",
-    "dataset_config": "main",
-    "dataset_test_split": "test",
-    "max_completion_length": 512,
-    "chat_template_kwargs": {},
-    "one_shot": False,
-}
 
 NATIVE_HELP = "with the prompt a model was made for; beside --compare: insist on that column, or leave it out"
 
 
-def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
-    """Flags; what none names comes from the run that trained the model, else from `DEFAULTS`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+def read_task(argv: list[str] | None) -> Task:
+    """What the flags ask for; what none names comes from the run that trained the model, else from `Task`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     add = parser.add_argument
-    add("model", help="Hub name, local folder, or a run's folder or checkpoint")
-    add("--compare", metavar="BASELINE", help="another model, or a folder that holds its evaluation")
+    add("model", type=os.path.expanduser, help="Hub name, local folder, or a run's folder or checkpoint")
+    add(
+        "--compare",
+        type=os.path.expanduser,
+        metavar="BASELINE",
+        help="another model, or a folder that holds its evaluation",
+    )
     add("--native", action=argparse.BooleanOptionalAction, help=NATIVE_HELP)
     add("--model_revision", help="branch, tag or commit of a model on the Hub")
     add("--dataset_name", help="Hub name or folder (default: the run's, else openai/gsm8k)")
@@ -60,96 +59,145 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Task]:
     add("--chat_template_kwargs", type=json.loads, help='JSON, such as {"enable_thinking": false}')
     add("--one_shot", type=json.loads, metavar="true|false", help="a worked example before the question (the run's)")
     add("--limit", type=int, help="only the first so many problems")
-    add("--batch_size", type=int, default=BATCH_SIZE, help="problems at a time (%(default)s)")
+    add("--batch_size", type=int, help=f"problems at a time ({BATCH_SIZE})")
     add("--use_vllm", type=json.loads, metavar="true|false", help="default: where it is installed with a GPU")
     add("--vllm_gpu_memory_utilization", type=float, metavar="SHARE", help="of the GPU's memory (default: vLLM's own)")
     add("--use_cpu", action="store_true", help="even where there is a GPU")
     add("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add("--output_dir", help="where evaluation.json and .jsonl go (default: the model's folder)")
     add("--ask", metavar="QUESTION", help="print the answer to one question and exit")
-    flags = parser.parse_args(argv)
-    flags.model, flags.compare = expand(flags.model), flags.compare and expand(flags.compare)
+    given = vars(parser.parse_args(argv))
     for name in ("limit", "batch_size", "max_completion_length"):
-        if getattr(flags, name) is not None and getattr(flags, name) < 1:
+        if given.get(name, 1) < 1:
             parser.error(f"--{name} must be at least 1")
-    if (share := flags.vllm_gpu_memory_utilization) is not None and not 0 < share <= 1:
-        parser.error("--vllm_gpu_memory_utilization must be above 0 and at most 1")
-    if share is not None and (flags.use_vllm is False or flags.ask is not None):
-        parser.error("--vllm_gpu_memory_utilization is for vLLM; --use_vllm false and --ask use Transformers")
+    if "vllm_gpu_memory_utilization" in given:
+        if not 0 < given["vllm_gpu_memory_utilization"] <= 1:
+            parser.error("--vllm_gpu_memory_utilization must be above 0 and at most 1")
+        if given.get("use_vllm") is False or "ask" in given:
+            parser.error("--vllm_gpu_memory_utilization is for vLLM; --use_vllm false and --ask use Transformers")
     try:
-        run = read_run(Path(flags.model))
+        run = read_run(Path(given["model"]))
     except BadInput as error:
         parser.error(str(error))
-    for name, default in DEFAULTS.items():
-        if getattr(flags, name) is None:
-            setattr(flags, name, run.get("settings", {}).get(name, default))
-    measured = (getattr(flags, name) for name in DEFAULTS)
-    return flags, Task(*measured, run.get("system_prompt", SYSTEM_PROMPT), flags.limit)
+    of_run = {name: value for name, value in run.get("settings", {}).items() if name in OF_A_RUN}
+    of_run |= {name: run[name] for name in ("system_prompt",) if name in run}
+    task = Task(**of_run | given)
+    return task.natively() if task.native and not task.compare else task
 
 
-def ask(flags: argparse.Namespace, task: Task) -> str:
+def ask(task: Task) -> str:
     """The answer to one question."""
-    check_weights(flags.model)
-    tokenizer = load_tokenizer(flags.model, flags.model_revision, flags.trust_remote_code)
-    policy = load_policy(flags.model, flags.model_revision, flags.use_cpu, flags.trust_remote_code)
-    length, kwargs = task.max_completion_length, task.chat_template_kwargs
-    prompt = task.prompt(flags.ask)
-    (answer,) = complete(policy, tokenizer, [prompt], length, chat_template_kwargs=kwargs, progress=False)
-    return printable(answer["text"]) + (" [cut off]" if answer["truncated"] else "")
+    check_weights(task.model)
+    tokenizer = load_tokenizer(task.model, task.model_revision, task.trust_remote_code)
+    policy = load_policy(task.model, task.model_revision, task.use_cpu, task.trust_remote_code)
+    prompts, kwargs = [task.prompt(task.ask)], task.chat_template_kwargs
+    (answer,) = complete(
+        policy, tokenizer, prompts, task.max_completion_length, chat_template_kwargs=kwargs, progress=False
+    )
+    return printable(answer["text"]) + (" [truncated]" if answer["truncated"] else "")
 
 
-def options(flags: argparse.Namespace) -> dict:
-    """How to run a model, as `evaluate` takes it."""
-    names = ("batch_size", "use_vllm", "use_cpu", "trust_remote_code", "vllm_gpu_memory_utilization")
-    return {name: getattr(flags, name) for name in names}
+def baselines(task: Task) -> dict[str, tuple[dict, list[dict]]]:
+    """The evaluations of `task.compare` by their columns' names: with the prompt it was made for, where it has one, and
+    with the recipe's. `task.native` False leaves the first out, True insists on it: BadInput where it cannot be."""
+    task, native = replace(task, model=task.compare, model_revision=None, output_dir=None), task.native
+    obstacle = native_obstacle(task.model)
+    if native and obstacle:
+        raise BadInput(f"--native: {obstacle}")
+    if native is None and obstacle:
+        print(f"the native column is left out: {obstacle}")
+    columns = {"baseline": baseline_evaluation(task, "the recipe's prompt")}
+    if native is not False and not obstacle:
+        columns = {"baseline native": baseline_evaluation(task.natively(), "native prompt"), **columns}
+    return columns
 
 
-def run(flags: argparse.Namespace, task: Task) -> None:
+def baseline_evaluation(task: Task, which: str) -> tuple[dict, list[dict]]:
+    """The evaluation in the baseline's folder, else one that is made and saved there now."""
+    beside = Path(task.model) / task.file.name
+    path = beside if beside.is_file() else task.file
+    if not path.is_file():
+        print(f"baseline, {which}: {task.model}")
+        return evaluate(task)
+    report, rows = load_evaluation(path, task)
+    print(f"baseline, {which}: the evaluation of {report['model']} in {path.parent}")
+    return report, rows
+
+
+def load_evaluation(path: Path, task: Task) -> tuple[dict, list[dict]]:
+    """A finished evaluation.json and its rows. BadInput where it is damaged, of another task, or (the model's weights
+    being on disk) of other weights; the message says what differs."""
+    folder, lines = path.parent, path.with_suffix(".jsonl")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+        model, of, written = Path(task.model), Path(report["model"]), lines.stat().st_mtime
+        asked = [(row["question"], row["gold"]) for row in rows]
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{folder}: its evaluation cannot be read ({error!r}); evaluate it again") from error
+    weights = [file.stat().st_mtime for file in model.glob("*.safetensors")]
+    if weights and (of.resolve() != model.resolve() or max(weights) > written):
+        raise BadInput(f"{folder}: the evaluation there is of {of} or of earlier weights; evaluate {model} again first")
+    differing = [
+        f"{name.replace('_', ' ')}: {report.get(name)!r} there, {getattr(task, name)!r} here"
+        for name in COMPARABLE
+        if (report.get(name) or None) != (getattr(task, name) or None)
+    ]
+    if report.get("model_revision") and not model.is_dir():  # by its name on the Hub it is the newest
+        differing.append(f"model revision: {report['model_revision']!r} there, the newest here")
+    wanted = [(problem["question"], problem["answer"]) for problem in task.problems()]
+    if asked != wanted:
+        same = sum(map(eq, asked, wanted))
+        differing.insert(0, f"problems: {len(asked)} there, {len(wanted)} here, {same} of them the same")
+    if differing:
+        raise BadInput(f"{folder}: its evaluation is not comparable. " + "; ".join(differing))
+    return report, rows
+
+
+def native_obstacle(name: str) -> str | None:
+    """Why a model cannot be measured with the prompt it was made for; None where it can."""
+    folder, configs = Path(name), ("config.json", "adapter_config.json")
+    has_model = not folder.is_dir() or any((folder / config).is_file() for config in configs)
+    return None if has_model else f"{folder} holds an evaluation, but no model"
+
+
+def run(task: Task) -> None:
     """Evaluate, compare where asked to, write and print."""
-    if flags.compare:  # a wrong name is told before hours of the baseline
-        load_tokenizer(flags.model, flags.model_revision, flags.trust_remote_code)
-    before = baselines(flags.compare, task, flags.native, **options(flags)) if flags.compare else {}
-    print(f"model: {flags.model}")
-    folder = Path(flags.output_dir or home(flags.model))
-    with Unfinished(folder, stem(task)) as answers:
-        report, rows = evaluate(flags.model, task, revision=flags.model_revision, answers=answers, **options(flags))
-        if before:
-            report["comparison"] = paired(flags.compare, before, rows)
-        save(folder, task, report, rows)
-        page = write_page(folder, flags.model, before, report, rows) if before else None
-        report_of_run = write_report(folder)
+    if task.compare:  # a wrong name is told before hours of the baseline
+        load_tokenizer(task.model, task.model_revision, task.trust_remote_code)
+    before = baselines(task) if task.compare else {}
+    print(f"model: {task.model}")
+    report, rows = evaluate(task)
     columns = {name: measured for name, (measured, _) in before.items()}
-    print(table({**columns, "model": report} if before else {Path(flags.model).name: report}))
+    print(table({**columns, "model": report} if before else {Path(task.model).name: report}))
     if before:
-        print(verdicts(flags.model, flags.compare, report["comparison"]))
-        print(f"written: {page}, for a browser")
-    print(f"written: {folder / stem(task)}.json and .jsonl")
-    if report_of_run:
+        report["comparison"] = paired(task.compare, before, rows)
+        save_report(task, report)
+        print(verdicts(task.model, task.compare, report["comparison"]))
+        print(f"for a browser: python benchmarks/side_by_side.py {shlex.quote(str(task.file.parent))}")
+    print(f"written: {task.file} and .jsonl")
+    if report_of_run := write_report(task.file.parent):
         print(f"written anew: {report_of_run}, the run's report")
 
 
 def main(argv: list[str] | None = None) -> None:
     if processes.count() > 1:
         sys.exit("evaluate.py runs in one process: start it with python")
-    flags, task = parse_flags(argv)
+    task = read_task(argv)
     processes.quiet()
     try:
-        processes.raise_again()
-        if flags.native and not flags.compare:
-            if obstacle := native_obstacle(flags.model):
-                raise BadInput(f"--native: {obstacle}")
-            task = task.natively()
-        if flags.ask is not None:
-            print(ask(flags, task))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which `end_at_once` had changed
+        if task.ask is None:
+            run(task)
         else:
-            run(flags, task)
-    except BadInput as error:
+            print(ask(task))
+    except (BadInput, OSError) as error:  # the latter of a full disk, say
         sys.exit(f"evaluate.py: {printable(str(error))}")
     except KeyboardInterrupt:
-        print("evaluate.py: interrupted", file=sys.stderr)
+        print("evaluate.py: interrupted; the same command resumes", file=sys.stderr)
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: answers are kept, vLLM's engine ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order, so that vLLM's engine ends too
     main()

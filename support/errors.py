@@ -1,4 +1,12 @@
-"""The two ways a run ends with one message instead of a traceback."""
+"""The two ways a run ends with one message instead of a traceback, and the messages for what cannot be loaded."""
+
+from contextlib import contextmanager
+
+import httpx
+from datasets.exceptions import DatasetNotFoundError  # its text is all that is left of the Hub's answer
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import logging
+from safetensors import SafetensorError
 
 
 class BadInput(ValueError):
@@ -6,9 +14,47 @@ class BadInput(ValueError):
 
 
 class RunStopped(Exception):
-    """A run ended before its last step, for a reason that is no bug: the message says which, and what to do."""
+    """A run ended before its last step, for a reason that is no bug: the message says which, and what to do.
+    `status` is the process', `outcome` is for run.json."""
 
     def __init__(self, message: str, status: int = 1, outcome: str = "failed"):
         super().__init__(message)
-        self.status = status  # of the process
-        self.outcome = outcome  # in run.json
+        self.status, self.outcome = status, outcome
+
+
+ELSEWHERE = "Use a local folder, or set HF_ENDPOINT to a mirror"  # where a model can come from
+
+
+@contextmanager
+def loading(what: str, name: str, instead: str, *errors: type[Exception]):
+    """Turn the usual errors of loading a "model" or "dataset" (`what`), and `errors`, into one BadInput, which says
+    whether the name, the rights, the Hub or the network is to blame, and what to do `instead`."""
+    logging.set_verbosity_error()  # retries would bury the one line that helps
+    try:
+        yield
+    except BadInput:
+        raise
+    except (OSError, ValueError, ImportError, httpx.HTTPError, SafetensorError, *errors) as error:
+        reason = trouble(error, what, name, instead) or f"it cannot be loaded ({str(error).strip()}). {instead}"
+        raise BadInput(f"{what} {name!r}: {reason}") from error
+
+
+def trouble(error: Exception, what: str, name: str, instead: str) -> str | None:
+    """The Hub's answer, or the network's failure, from the first of `error` and its causes that names it; None where
+    none does. Libraries wrap them in vaguer errors."""
+    hub, cause = constants.ENDPOINT, error
+    while cause is not None:
+        status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else None
+        answer = f" ({status})" if status else ""
+        if isinstance(cause, errors.GatedRepoError) or status == 403 or "is a gated dataset" in str(cause):
+            page = f"https://huggingface.co/{'datasets/' if what == 'dataset' else ''}{name}"
+            then = f"Accept its licence on {page}, then `hf auth login` with a token of that account"
+            return f"{hub} does not give it to everybody{answer}. {then}"
+        if isinstance(cause, errors.RepositoryNotFoundError | DatasetNotFoundError):
+            return f"{hub} has none of this name{answer}, or a private one: `hf auth login`. {instead}"
+        if status and status != 404:  # 404: a missing file or revision, which the library's message names
+            return f"{hub} answers {status} {cause.response.reason_phrase}. Try again later. {instead}"
+        if isinstance(cause, httpx.TransportError | errors.OfflineModeIsEnabled):
+            return f"{hub} is out of reach, or the connection breaks off ({cause}). {instead}"
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -1,44 +1,44 @@
 """Greedy accuracy on held-out problems: scores and statistics, with the recipe's prompt or the model's own."""
 
 import json
-import random
+import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
+import torch
+import xxhash
+from scipy.stats import binomtest
+
 from rewards import SYSTEM_PROMPT, extract_xml_answer, is_strict_format, reflects, same_number, to_prompt
-from support.checksums import CHECKSUMS, WEIGHTS, altered, has_checksums
+from support.checkpoints import CHECKSUMS, WEIGHTS, altered, checkpoints
 from support.errors import BadInput
 from support.generation import BATCH_SIZE, VLLM_VERSIONS, complete, complete_with_vllm, load_policy, vllm_obstacle
 from support.problems import load_problems, load_tokenizer, tokenize
 from support.record import read_run, set_aside, write_whole
-from support.unfinished import Unfinished, fingerprint, fingerprint_of_policy
 
-# Qwen's own evaluation asks like this, without a system prompt of ours
-# (QwenLM/Qwen2.5-Math, evaluation/utils.py, 'qwen-boxed')
+# as in Qwen's own evaluation, without a system prompt (QwenLM/Qwen2.5-Math, evaluation/utils.py, 'qwen-boxed')
 NATIVE_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
-# what must be the same of two evaluations, beside their problems
-COMPARABLE = ("max_completion_length", "chat_template_kwargs", "one_shot", "system_prompt", "native_instruction")
+LIMITS = ("max_completion_length", "chat_template_kwargs", "one_shot")
+OF_A_RUN = ("dataset_name", "dataset_config", "dataset_test_split", *LIMITS)  # fields that a run's settings have too
+COMPARABLE = (*LIMITS, "system_prompt", "native_instruction")  # equal in two evaluations, as are their problems
 
-LAST_NUMBER = re.compile(r"(?:(?<![\w.,])-)?\$?[0-9][0-9,]*(?:\.[0-9]+)?")
+NUMBER = re.compile(r"(?:(?<![\w.,])-)?\$?[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?")
 BOXED_OR_BRACE = re.compile(r"\\boxed\s{0,4}\{|\\[{}]|[{}]")
 TEX_SPACING = re.compile(r"\\[,!; ]|\{,\}")  # 1\,080 and 1{,}080 are 1080, $\$5$ is $5
 
 
-# ---- scores
-
-
 def last_number(text: str) -> str | None:
     """The last number anywhere in the text, as it is written; None without one."""
-    numbers = LAST_NUMBER.findall(text)
-    return numbers[-1].rstrip(",") if numbers else None
+    return (NUMBER.findall(text) or [None])[-1]
 
 
 def boxed_span(text: str) -> tuple[int, int] | None:
-    """Where the content of the last `\\boxed{}` that is closed stands, its braces balanced; None without one."""
-    opened: list[int | None] = []  # where the content of each open brace starts, None where it is no box's
+    """Where the content of the last closed `\\boxed{}` stands, its braces balanced; None without one."""
+    opened: list[int | None] = []  # where the content of each open box starts, None for another brace
     found = None
     for match in BOXED_OR_BRACE.finditer(text):
         if match[0].endswith("{") and match[0] != "\\{":
@@ -50,29 +50,14 @@ def boxed_span(text: str) -> tuple[int, int] | None:
 
 def native_answer(text: str) -> str | None:
     """The number in the last `\\boxed{}` if there is one, else the last number; None without either."""
-    span = boxed_span(text)
-    if span is None:
+    if (span := boxed_span(text)) is None:
         return last_number(text)
-    boxed = TEX_SPACING.sub(lambda match: "," if "{" in match[0] else "", text[slice(*span)])
-    return last_number(boxed.replace("\\", " "))
-
-
-def answer_span(text: str, native: bool) -> tuple[int, int] | None:
-    """Where the answer stands that a completion is scored by: in the answer tag of one in format, natively in its last
-    box; else its last number. None where there is none of them."""
-    if native and (span := boxed_span(text)):
-        return span
-    if not native and is_strict_format(text):
-        start = text.rindex("<answer>") + len("<answer>")
-        end = text.find("</answer>", start)
-        return start, len(text) if end < 0 else end
-    numbers = [match.span() for match in LAST_NUMBER.finditer(text)]
-    return numbers[-1] if numbers else None
+    plain = TEX_SPACING.sub(lambda match: "," if "{" in match[0] else "", text[slice(*span)])
+    return last_number(plain.replace("\\", " "))
 
 
 def score(index: int, problem: dict, completion: dict, native: bool = False) -> dict:
-    """One line of evaluation.jsonl: a problem, its completion, and whether it is right. With the model's own prompt
-    nothing was asked of the format, so that strict and format are None."""
+    """One line of evaluation.jsonl; strict and format are None with a `native` prompt, which asks for no format."""
     text, gold = completion["text"], problem["answer"]
     extracted = native_answer(text) if native else extract_xml_answer(text)
     in_format = None if native else is_strict_format(text)
@@ -91,44 +76,52 @@ def score(index: int, problem: dict, completion: dict, native: bool = False) -> 
 
 
 def summarize(rows: list[dict]) -> dict:
-    """Shares over the problems, with the 95% Wilson interval of strict accuracy; None of what was not asked for."""
-    from scipy.stats import binomtest
+    """Shares over the problems, with the 95% Wilson interval of strict accuracy; None for what was not measured."""
 
-    n = len(rows)
+    def mean(key: str) -> float | None:
+        return None if rows[0][key] is None else sum(row[key] for row in rows) / len(rows)
 
-    def share(key: str) -> float | None:
-        return None if rows[0][key] is None else sum(row[key] for row in rows) / n
-
-    strict = None if rows[0]["strict"] is None else sum(row["strict"] for row in rows)
-    interval = None if strict is None else binomtest(strict, n).proportion_ci(method="wilson")
+    right = [row["strict"] for row in rows]
+    interval = None if None in right else binomtest(sum(right), len(rows)).proportion_ci(method="wilson")
     return {
-        "n": n,
-        "strict_accuracy": share("strict"),
+        "n": len(rows),
+        "strict_accuracy": mean("strict"),
         "strict_ci95": interval and [interval.low, interval.high],
-        "lenient_accuracy": share("lenient"),
-        "format_rate": share("format"),
-        "truncated_rate": share("truncated"),
-        "mean_completion_tokens": share("tokens"),
-        "reflection_rate": sum(reflects(row["completion"]) for row in rows) / n,
+        "lenient_accuracy": mean("lenient"),
+        "format_rate": mean("format"),
+        "truncated_rate": mean("truncated"),
+        "mean_completion_tokens": mean("tokens"),
+        "reflection_rate": sum(reflects(row["completion"]) for row in rows) / len(rows),
     }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
-    """What an evaluation measures on; two are comparable only where it is the same."""
+    """What `evaluate.py` is asked to do, under the names of its flags, where each is explained."""
 
-    dataset_name: str
-    dataset_config: str | None
-    split: str
-    max_completion_length: int  # tokens
-    chat_template_kwargs: dict
-    one_shot: bool = False  # a worked example before the question
+    model: str
+    model_revision: str | None = None
+    dataset_name: str = "openai/gsm8k"
+    dataset_config: str | None = "main"
+    dataset_test_split: str = "test"
+    max_completion_length: int = 512
+    chat_template_kwargs: dict | None = None
+    one_shot: bool = False
     system_prompt: str = SYSTEM_PROMPT
-    limit: int | None = None  # only the first so many problems
-    native_instruction: str | None = None  # in place of the recipe's prompt, behind the question
+    native_instruction: str | None = None  # put behind the question, without a system prompt
+    limit: int | None = None
+    batch_size: int = BATCH_SIZE
+    use_vllm: bool | None = None
+    vllm_gpu_memory_utilization: float | None = None
+    use_cpu: bool = False
+    trust_remote_code: bool = False
+    output_dir: str | None = None
+    compare: str | None = None
+    native: bool | None = None
+    ask: str | None = None
 
     def problems(self) -> list[dict]:
-        return load_problems(self.dataset_name, self.dataset_config, self.split)[0][: self.limit]
+        return load_problems(self.dataset_name, self.dataset_config, self.dataset_test_split)[0][: self.limit]
 
     def prompt(self, question: str) -> list[dict]:
         if self.native_instruction:
@@ -139,136 +132,121 @@ class Task:
         """The same problems and limits, with the prompt that a model was made for."""
         return replace(self, native_instruction=NATIVE_INSTRUCTION, system_prompt="", one_shot=False)
 
+    @property
+    def file(self) -> Path:
+        """Its evaluation.json: in --output_dir, else in the model's folder, else (of a model on the Hub, or in a folder
+        that cannot be written to) under outputs/."""
+        own, other = Path(self.model), Path("outputs") / self.model.strip("/").replace("/", "--")
+        folder = self.output_dir or (own if own.is_dir() and os.access(own, os.W_OK) else other)
+        return Path(folder) / ("evaluation-native.json" if self.native_instruction else "evaluation.json")
 
-def task_of(settings) -> Task:
-    """What a run's policy is measured on: the test split, under the limits that it is trained with."""
-    dataset = (settings.dataset_name, settings.dataset_config, settings.dataset_test_split)
-    return Task(*dataset, settings.max_completion_length, settings.chat_template_kwargs or {}, settings.one_shot)
 
-
-def evaluate(
-    name: str,
-    task: Task,
-    *,
-    revision: str | None = None,
-    batch_size: int = BATCH_SIZE,
-    use_vllm: bool | None = None,
-    use_cpu: bool = False,
-    trust_remote_code: bool = False,
-    vllm_gpu_memory_utilization: float | None = None,
-    answers: Unfinished | None = None,
-) -> tuple[dict, list[dict]]:
-    """Evaluate a policy; with `use_vllm` None, by vLLM where it is installed with a GPU. `answers` keeps what
-    Transformers has answered.
-
-    Returns:
-        The report (evaluation.json) and the scored problems (the lines of evaluation.jsonl).
-
-    Raises:
-        BadInput: the model or the problems cannot be loaded.
-    """
-    use_vllm = _uses_vllm(name, use_vllm, use_cpu, vllm_gpu_memory_utilization)
-    check_weights(name)
-    tokenizer = load_tokenizer(name, revision, trust_remote_code)
+def evaluate(task: Task) -> tuple[dict, list[dict]]:
+    """Answer the task's problems, score and save: returns what evaluation.json and evaluation.jsonl say. BadInput where
+    something cannot be loaded or saved."""
+    decode = _by_vllm if _uses_vllm(task) else _by_transformers
+    check_weights(task.model)
+    tokenizer = load_tokenizer(task.model, task.model_revision, task.trust_remote_code)
     problems = task.problems()
     prompts = [task.prompt(problem["question"]) for problem in problems]
-    if answers:
-        answers.make_room()  # before hours of answers
-    how_to_load = (revision, use_cpu, trust_remote_code)
-    if use_vllm:
-        limits = (task.max_completion_length, task.chat_template_kwargs)
-        completions = complete_with_vllm(name, tokenizer, prompts, *limits, *how_to_load, vllm_gpu_memory_utilization)
-    else:
-        policy = load_policy(name, *how_to_load)
-        completions = _complete(name, policy, tokenizer, problems, prompts, task, batch_size, answers)
+    folder = task.file.parent
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):  # before hours of answers
+        raise BadInput(f"{folder} is no folder, or cannot be written to: give another --output_dir")
+    completions, unfinished = decode(task, tokenizer, problems, prompts)
     native = task.native_instruction is not None
     rows = [score(i, *pair, native) for i, pair in enumerate(zip(problems, completions, strict=True))]
-    where = {"model": name, "dataset": task.dataset_name, "split": task.split}
-    how = {key: getattr(task, key) for key in COMPARABLE}
-    return {**where, **summarize(rows), "model_revision": revision, "limit": task.limit, **how}, rows
+    report = {"model": task.model, "dataset": task.dataset_name, "split": task.dataset_test_split, **summarize(rows)}
+    report |= {name: getattr(task, name) for name in ("model_revision", "limit", *COMPARABLE)}
+    save(task, report, rows)
+    for path in unfinished:
+        path.unlink()
+    return report, rows
 
 
-def _uses_vllm(name: str, asked: bool | None, use_cpu: bool, share: float | None) -> bool:
-    """Whether vLLM decodes: where it is `asked` for, or where it can and nothing is said. `share` is of the GPU."""
-    obstacle = vllm_obstacle(use_cpu)
+def _uses_vllm(task: Task) -> bool:
+    """Whether vLLM decodes: where it is asked for, or where it can and nothing is said."""
+    obstacle, asked = vllm_obstacle(task.use_cpu), task.use_vllm
     if asked and obstacle:
-        raise BadInput(
-            f"--use_vllm true needs vLLM {' to '.join(VLLM_VERSIONS)} and a CUDA GPU, but {obstacle}; leave it out to "
-            "use Transformers"
-        )
-    if asked is None and (Path(name) / "adapter_config.json").exists():
+        needed = f"--use_vllm true needs vLLM {' to '.join(VLLM_VERSIONS)} and a CUDA GPU"
+        raise BadInput(f"{needed}, but {obstacle}; leave it out to use Transformers")
+    if asked is None and (Path(task.model) / "adapter_config.json").exists():
         obstacle = "vLLM loads whole models, and this is an adapter"
-    if asked is None and obstacle and share is not None:
-        print(f"--vllm_gpu_memory_utilization has no effect: Transformers decodes {name}, because {obstacle}")
+    if asked is None and obstacle and task.vllm_gpu_memory_utilization is not None:
+        print(f"--vllm_gpu_memory_utilization has no effect: Transformers decodes {task.model}, because {obstacle}")
     return asked is not False and obstacle is None
 
 
-def _complete(name: str, policy, tokenizer, problems, prompts, task: Task, batch_size: int, answers) -> list[dict]:
-    """By Transformers, what is answered already left out."""
-    from torch import OutOfMemoryError
+def _by_vllm(task: Task, tokenizer, problems, prompts) -> tuple[list[dict], list[Path]]:
+    options = {"model": task.model, "revision": task.model_revision, "trust_remote_code": task.trust_remote_code}
+    options["gpu_memory_utilization"] = task.vllm_gpu_memory_utilization
+    token_ids = tokenize(tokenizer, prompts, task.chat_template_kwargs)
+    return complete_with_vllm(tokenizer, token_ids, task.max_completion_length, **options), []
 
-    length, kwargs = task.max_completion_length, task.chat_template_kwargs
+
+def _by_transformers(task: Task, tokenizer, problems, prompts) -> tuple[list[dict], list[Path]]:
+    """Completions, and a list of the one file that holds them until they are saved."""
+    policy = load_policy(task.model, task.model_revision, task.use_cpu, task.trust_remote_code)
+    limits = {name: getattr(task, name) for name in ("max_completion_length", "chat_template_kwargs", "batch_size")}
+    asked = [task.model, limits, problems, tokenize(tokenizer, prompts, task.chat_template_kwargs)]
+    answers = Answers(task.file.with_suffix(f".unfinished-{_fingerprint(asked, policy)[:8]}.jsonl"))
     if answers:
-        token_ids = tokenize(tokenizer, prompts, kwargs)
-        answers.begin(_asked(name, policy, problems, token_ids, length, batch_size), len(problems))
+        print(f"resuming: {len(answers):,} of {len(problems):,} problems are answered in {answers.path}")
     try:
-        return complete(policy, tokenizer, prompts, length, batch_size, kwargs, answers=answers)
-    except OutOfMemoryError as error:
-        raise BadInput(f"the GPU's memory is too small: lower --batch_size (now {batch_size})") from error
+        return complete(policy, tokenizer, prompts, **limits, known=answers), [answers.path]
+    except torch.OutOfMemoryError as error:
+        raise BadInput(f"the GPU's memory is too small: lower --batch_size (now {task.batch_size})") from error
 
 
-def _asked(name: str, policy, problems: list[dict], token_ids: list[list[int]], length: int, batch_size: int) -> dict:
-    """All that the completions and their scores depend on, to the last bit."""
-    packages = {package: metadata.version(package) for package in ("torch", "transformers")}
-    return {
-        "model": name,
-        "weights": fingerprint_of_policy(policy),
-        "problems": fingerprint([(problem["question"], problem["answer"]) for problem in problems]),
-        "prompts": fingerprint(token_ids),
-        "max_completion_length": length,
-        "batch_size": batch_size,
-        "precision": f"{policy.dtype} on {policy.device.type}",
-        "versions": packages,
-    }
+def _fingerprint(asked: list, policy) -> str:
+    """The XXH3-128 of all that completions depend on: `asked`, versions, configurations and the weights."""
+    asked = [*asked, *map(metadata.version, ("torch", "transformers")), f"{policy.dtype} on {policy.device.type}"]
+    configs = (policy.config, policy.generation_config, *getattr(policy, "peft_config", {}).values())
+    asked += [config.to_dict() for config in configs]
+    digest = xxhash.xxh3_128(json.dumps(asked, sort_keys=True, default=sorted).encode())  # target modules are a set
+    for name, tensor in sorted(policy.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Answers(dict):
+    """Completions by their problem's index, in a file as well: a kill loses nothing that `update` was given."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+            with suppress(ValueError):  # the blank line at the top, or one that a kill truncated
+                answer = json.loads(line)
+                self[answer.pop("index")] = answer
+
+    def update(self, batch: dict[int, dict]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            # a line end first, so that a truncated line stays one of its own
+            file.writelines("\n" + json.dumps({"index": i, **answer}) for i, answer in batch.items())
+        super().update(batch)
 
 
 def check_weights(name: str) -> None:
-    """Compare a folder's weights with the checksums that they were saved with; a line where a run's have none.
-
-    Raises:
-        BadInput: they are not what was saved.
-    """
-    if wrong := altered(Path(name), WEIGHTS):
+    """Compare a folder's weights with the checksums that they were saved with; prints where a run's have none. BadInput
+    where they differ, or where only checkpoints have weights."""
+    folder, found = Path(name), checkpoints(name)
+    if found and not any(folder.glob(WEIGHTS)):
+        raise BadInput(f"model {name!r}: no weights, as of a run that has not ended. Evaluate its {found[-1].name}")
+    if wrong := altered(folder, WEIGHTS):
         raise BadInput(f"model {name!r}: {wrong}. Take an older checkpoint, or a good copy")
-    if Path(name).is_dir() and read_run(Path(name)) and not has_checksums(Path(name)):
+    if folder.is_dir() and read_run(folder) and not (folder / CHECKSUMS).is_file():
         print(f"{name}: no {CHECKSUMS}, so that its weights are taken to be as they were saved")
 
 
-def held_out_problems(settings) -> list[dict]:
-    """EVAL_PROBLEMS of the test split, the same ones every time; none where EVAL_STEPS is 0.
-
-    Raises:
-        BadInput: they cannot be loaded.
-    """
-    if not settings.eval_steps:
-        return []
-    try:
-        problems = task_of(settings).problems()
-    except BadInput as error:
-        raise BadInput(f"{error} (EVAL_STEPS = 0 trains without a test split)") from error
-    return random.Random(0).sample(problems, min(settings.eval_problems, len(problems)))
-
-
-def stem(task: Task) -> str:
-    """The name of an evaluation's files: one with the model's own prompt lies beside the other."""
-    return "evaluation" if task.native_instruction is None else "evaluation-native"
-
-
-def save(folder: Path, task: Task, report: dict, rows: list[dict]) -> None:
+def save(task: Task, report: dict, rows: list[dict]) -> None:
     """Write evaluation.json and evaluation.jsonl, each whole or not at all; earlier ones are set aside."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem(task)}.json"
-    for kept in set_aside(folder, path.name, f"{path.name}l"):
-        print(f"the earlier {kept.name} is kept as {kept}")
+    path = task.file
+    set_aside(path, path.with_suffix(".jsonl"))
     write_whole(path.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-    write_whole(path, json.dumps(report, indent=2) + "\n")  # last: it says that both are there
+    save_report(task, report)  # last: it says that both are there
+
+
+def save_report(task: Task, report: dict) -> None:
+    write_whole(task.file, json.dumps(report, indent=2) + "\n")

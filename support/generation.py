@@ -1,51 +1,42 @@
 """Completions of a policy: greedy or sampled, by Transformers or by vLLM."""
 
+import gc
+import os
 import sys
-from functools import partial
 from importlib import metadata
 
-from support.checkpoints import checkpoints
-from support.errors import BadInput
-from support.hub import ELSEWHERE, loading
-from support.problems import tokenize
-from support.unfinished import Unfinished
+import torch
+from packaging.version import Version
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-BATCH_SIZE = 64  # problems at a time
+from support.errors import ELSEWHERE, BadInput, loading
+from support.problems import tokenize
+
+BATCH_SIZE = 64  # prompts at a time
 VLLM_VERSIONS = ("0.22.0", "0.31.0")  # lowest and highest that TRL 1.16 supports
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # in which a policy is measured
 
 
 def vllm_obstacle(use_cpu: bool = False) -> str | None:
-    """Why vLLM cannot generate here, None where it can: installed in a version that TRL supports, and a CUDA GPU."""
-    import torch
-    from packaging.version import Version
-
+    """Why vLLM cannot generate here; None where a version that TRL supports is installed and there is a CUDA GPU."""
     if use_cpu or not torch.cuda.is_available():
-        return "there is no CUDA GPU" if not use_cpu else "the run is on the CPU"
+        return "the run is on the CPU" if use_cpu else "there is no CUDA GPU"
     try:
-        installed = metadata.version("vllm")
+        installed = Version(metadata.version("vllm"))
     except metadata.PackageNotFoundError:
         return "vLLM is not installed"
-    lowest, highest = map(Version, VLLM_VERSIONS)
-    if lowest <= Version(Version(installed).base_version) <= highest:  # without a local part such as +cu129
-        return None
-    return f"vLLM {installed} is installed, which TRL does not support"
+    lowest, highest = (Version(version).release for version in VLLM_VERSIONS)
+    is_supported = lowest <= installed.release <= highest  # a local part such as +cu129 does not count
+    return None if is_supported else f"vLLM {installed} is installed, which TRL does not support"
 
 
 def load_policy(name: str, revision: str | None = None, use_cpu: bool = False, trust_remote_code: bool = False):
-    """The model, in bf16 on a GPU and fp32 on a CPU, ready for inference.
-
-    Raises:
-        BadInput: it cannot be loaded.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    """The model, in bf16 on a GPU and fp32 on a CPU, ready for inference; BadInput where it cannot be loaded."""
     device = "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
-    options = {"revision": revision, "trust_remote_code": trust_remote_code, "use_safetensors": True}
-    found = checkpoints(name)
-    with loading("model", name, f"It holds {found[-1].name}: evaluate that" if found else ELSEWHERE):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[device], **options)
+    options = {"dtype": DTYPES[device], "revision": revision, "trust_remote_code": trust_remote_code}
+    with loading("model", name, ELSEWHERE):
+        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
     try:
         return model.to(device).eval()
     except torch.OutOfMemoryError as error:
@@ -61,113 +52,77 @@ def complete(
     chat_template_kwargs: dict | None = None,
     progress: bool = True,
     temperature: float = 0.0,
-    answers: Unfinished | None = None,
+    known: dict[int, dict] | None = None,
 ) -> list[dict]:
-    """Completions of B conversational prompts, in their order: greedy, or sampled where `temperature` is above 0.
+    """Completions of B conversational prompts, in their order, greedy or (`temperature` above 0) sampled: B dicts of
+    `text`, `tokens` (count, EOS included) and `truncated` (no EOS within the limit).
 
-    Prompts of similar length share a batch, the longest first, so that little is padded and a batch that does not fit
-    fails at once. `answers` keeps each batch, and what it holds already is not generated again; a batch that it holds
-    in part is, as a whole: in other company a sum would round otherwise.
-
-    Returns:
-        B dicts of `text`, `tokens` (count, EOS included) and `truncated` (no EOS within the limit).
-    """
-    import torch
-    from tqdm import tqdm
-
-    eos_ids = _set_generation(model, tokenizer, max_completion_length, temperature)
+    `known` holds completions by their prompt's index, and is updated with each batch. A batch is skipped only where all
+    of it is known: a smaller one would round differently."""
+    _set_generation(model, tokenizer, max_completion_length, temperature)
     token_ids = tokenize(tokenizer, prompts, chat_template_kwargs)
-    order = sorted(range(len(prompts)), key=lambda i: -len(token_ids[i]))
-    completions = dict(answers.completions) if answers else {}
-    bar = tqdm(total=len(prompts), unit="problem", dynamic_ncols=True, disable=None if progress else True)
-    with bar, torch.no_grad():
+    order = sorted(range(len(prompts)), key=lambda i: -len(token_ids[i]))  # little padding; the largest batch is first
+    known = {} if known is None else known
+    with tqdm(total=len(prompts), unit="problem", dynamic_ncols=True, disable=None if progress else True) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            if not completions.keys() >= set(chosen):
-                batch = _complete_batch(model, tokenizer, [token_ids[i] for i in chosen], eos_ids)
-                completions |= zip(chosen, batch, strict=True)
-                if answers:
-                    answers.add({i: completions[i] for i in chosen})
+            if not known.keys() >= set(chosen):
+                batch = _complete_batch(model, tokenizer, [token_ids[i] for i in chosen])
+                known.update(dict(zip(chosen, batch, strict=True)))
             bar.update(len(chosen))
-    return [completions[i] for i in range(len(prompts))]
+    return [known[i] for i in range(len(prompts))]
 
 
-def _complete_batch(model, tokenizer, token_ids: list[list[int]], eos_ids: set[int]) -> list[dict]:
-    batch = tokenizer.pad({"input_ids": token_ids}, padding_side="left", return_tensors="pt").to(model.device)
-    output = model.generate(**batch)  # (B, prompt + completion)
+def _complete_batch(model, tokenizer, token_ids: list[list[int]]) -> list[dict]:
+    batch = tokenizer.pad({"input_ids": token_ids}, padding_side="left", return_tensors="pt")
+    output = model.generate(**batch.to(model.device))  # (B, prompt + completion)
     completions = []
     for ids in output[:, batch["input_ids"].shape[1] :].tolist():
-        end = next((at for at, token in enumerate(ids) if token in eos_ids), None)
-        completions.append(as_completion(tokenizer, ids if end is None else ids[: end + 1], end is None))
+        end = next((at + 1 for at, token in enumerate(ids) if token in model.generation_config.eos_token_id), None)
+        completions.append(as_completion(tokenizer, ids[:end], truncated=end is None))
     return completions
 
 
 def as_completion(tokenizer, token_ids: list[int], truncated: bool) -> dict:
-    """One completion as `complete` returns it. `token_ids` end with EOS unless they are truncated."""
+    """One completion as `complete` returns it."""
     text = tokenizer.decode(token_ids, skip_special_tokens=True)
     return {"text": text, "tokens": len(token_ids), "truncated": truncated}
 
 
-def _set_generation(model, tokenizer, max_completion_length: int, temperature: float) -> set[int]:
-    """Have `model` generate greedily, or sample from the whole distribution; returns the ids that end a completion."""
-    from transformers import GenerationConfig
-
+def _set_generation(model, tokenizer, max_completion_length: int, temperature: float) -> None:
+    """Have `model` generate greedily, or sample from the whole distribution, up to an EOS token that it declares."""
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     declared = model.generation_config.eos_token_id
     eos_ids = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
-    # generate() fills what a given config leaves at its default from the model's own, such as Qwen2.5's repetition
-    # penalty of 1.05, so the model's own is replaced
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    # in place of the model's own, from which `generate` takes whatever the config given to it leaves at its default,
+    # such as Qwen2.5's repetition penalty of 1.05
     model.generation_config = GenerationConfig(
-        **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}),
+        **sampling,
         max_new_tokens=max_completion_length,
         eos_token_id=sorted(eos_ids),
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return eos_ids
 
 
-def complete_with_vllm(
-    name: str,
-    tokenizer,
-    prompts: list[list[dict]],
-    max_completion_length: int,
-    chat_template_kwargs: dict,
-    revision: str | None = None,
-    use_cpu: bool = False,
-    trust_remote_code: bool = False,
-    gpu_memory_utilization: float | None = None,
-) -> list[dict]:
-    """`complete` with vLLM, which loads the model itself and batches as it sees fit. `gpu_memory_utilization` is the
-    share of the GPU's memory that it takes, None vLLM's own default.
-
-    Raises:
-        BadInput: it cannot be loaded, or is not made for so long a text.
-    """
-    import gc
-
-    from tqdm import tqdm
+def complete_with_vllm(tokenizer, token_ids: list[list[int]], max_completion_length: int, **options) -> list[dict]:
+    """Greedy completions of B tokenized prompts, as `complete` returns them, by vLLM, which loads the model.
+    `options` are those of its `LLM`; a None is left out. BadInput where it cannot be loaded."""
     from vllm import LLM, SamplingParams
 
-    token_ids = tokenize(tokenizer, prompts, chat_template_kwargs)
-    longest = max(map(len, token_ids)) + max_completion_length
+    options = {name: value for name, value in options.items() if value is not None}
+    options["dtype"] = DTYPES["cuda" if torch.cuda.is_available() else "cpu"]
+    options["max_model_len"] = max(map(len, token_ids)) + max_completion_length
     try:
-        engine = LLM(
-            model=name,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            dtype=DTYPES["cpu" if use_cpu else "cuda"],
-            max_model_len=longest,
-            generation_config="vllm",  # not the model's own, which may sample or penalise repetition
-            **({} if gpu_memory_utilization is None else {"gpu_memory_utilization": gpu_memory_utilization}),
-        )
+        # "vllm": not the model's own generation config, which may sample or penalise repetition
+        engine = LLM(generation_config="vllm", **options)
     except (OSError, ValueError, RuntimeError) as error:  # the last where its engine, another process, does not start
         without = "--vllm_gpu_memory_utilization takes less of a GPU in use; --use_vllm false decodes with Transformers"
-        raise BadInput(f"model {name!r}: vLLM cannot load it: {str(error).strip()}\n{without}") from error
+        raise BadInput(f"model {options['model']!r}: vLLM cannot load it: {str(error).strip()}\n{without}") from error
     sampling = SamplingParams(temperature=0.0, max_tokens=max_completion_length, detokenize=False)
-    # on a terminal, as `complete` has it; where TQDM_DISABLE turns the bar off, vLLM divides by its zero seconds
-    bar = partial(tqdm, disable=False) if sys.stderr.isatty() else False
-    outputs = engine.generate([{"prompt_token_ids": ids} for ids in token_ids], sampling, use_tqdm=bar)
-    completions = [output.outputs[0] for output in outputs]
+    prompts = [{"prompt_token_ids": ids} for ids in token_ids]
+    has_bar = sys.stderr.isatty() and "TQDM_DISABLE" not in os.environ  # vLLM divides by a disabled bar's time, 0
+    completions = [output.outputs[0] for output in engine.generate(prompts, sampling, use_tqdm=has_bar)]
     del engine  # a comparison starts a second one
     gc.collect()
     return [as_completion(tokenizer, list(c.token_ids), c.finish_reason == "length") for c in completions]

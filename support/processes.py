@@ -1,5 +1,5 @@
-"""Several processes of one run, as `accelerate launch` starts them: who speaks, what one reads for all, what they agree
-on, how they end. A script calls `end_at_once` before imports that take seconds, so: the standard library only."""
+"""Several processes of one run, as `accelerate launch` starts them. A script calls `end_at_once` before imports that
+take seconds, so only the standard library is imported here."""
 
 import atexit
 import ctypes
@@ -9,22 +9,20 @@ import signal
 import sys
 import time
 
+# what Transformers warns of although it is as it should be
+REMARKS = re.compile(r"new PAD/BOS/EOS|clean_up_tokenization_spaces|lm_head\.weight")
+
+_has_parted = False
+
 
 def end_at_once() -> None:
-    """Ctrl-C ends the process where it is, without a word. A KeyboardInterrupt would be a traceback, or swallowed, or
-    turned into another error, by the module in the middle of whose import it is raised.
-
-    A process of several gets SIGTERM when its launcher ends, even by `kill -9`: none trains on alone, unseen."""
+    """Ctrl-C ends the process and prints nothing, unlike a KeyboardInterrupt in the middle of an import. One
+    of several processes also gets SIGTERM when its launcher ends, even by `kill -9`, instead of training on alone."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if count() > 1:
-        end_before_python_does()  # the first of all exit handlers, so that it comes last
+        atexit.register(_end_after_parting)  # Python calls what is registered first last
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def raise_again() -> None:
-    """Ctrl-C is a KeyboardInterrupt, as without `end_at_once`."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def count() -> int:
@@ -41,23 +39,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def is_first_here() -> bool:
-    """Whether this is the first process on its machine, which says what is wrong there."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
-
-
 def is_sharded() -> bool:
     """Whether FSDP or DeepSpeed splits the policy, its gradients or its optimizer between processes."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
-# remarks of Transformers about what is as it should be
-REMARKS = re.compile(r"new PAD/BOS/EOS|clean_up_tokenization_spaces|lm_head\.weight")
-
-
 def quiet() -> None:
-    """Leave out what a user can do nothing about: Transformers' bars for files that are read or written in a moment,
-    and `REMARKS`. All but the main process print errors alone."""
+    """Turn off Transformers' progress bars and `REMARKS`, and what every process but the main one prints."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -68,19 +56,9 @@ def quiet() -> None:
 
 
 def linger() -> None:
-    """Give the main process time to end first: when one ends, the launcher ends the others in the middle of a word."""
+    """Let the main process end first: when one ends, the launcher ends the others, in the middle of a message."""
     if not is_main():
         time.sleep(5)
-
-
-def on_main(call, *args):
-    """What `call(*args)` returns on the main process, on every process. An error there ends the others as well: they
-    wait, and the launcher ends them."""
-    if count() == 1:
-        return call(*args)
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([call(*args) if is_main() else None])[0]
 
 
 def gathered(value) -> list:
@@ -92,17 +70,18 @@ def gathered(value) -> list:
     return gather_object([value])
 
 
+def on_main(call, *args):
+    """What `call(*args)` returns on the main process, on every process."""
+    return gathered(call(*args) if is_main() else None)[0]
+
+
 def wait() -> None:
     """Until every process is here."""
     gathered(None)
 
 
-_has_parted = False
-
-
 def part() -> None:
-    """Leave together, with nothing left to do: the main process may still be saving, and one that ends with connections
-    open can abort."""
+    """Leave together: the main process may still be saving, and one that ends with connections open can abort."""
     global _has_parted
     if count() > 1:
         wait()
@@ -110,28 +89,22 @@ def part() -> None:
         _has_parted = True
 
 
+def _end_after_parting() -> None:
+    """Skip Python's cleaning up: gloo's threads may hold its tensors, and it would abort (PyTorch issue 179291)."""
+    if _has_parted:
+        sys.stdout.flush()
+        os._exit(0)
+
+
 def leave_groups() -> None:
-    """Destroy torch's process groups, of which vLLM makes some in a single process too: torch complains of one that is
-    there at the end. vLLM destroys its own first: its exit handler fails where they are gone already."""
+    """Destroy torch's process groups, of which torch complains at the end. vLLM, which makes some in a single process
+    too, comes first: its exit handler fails where they are gone."""
     from torch import distributed
 
     if vllm := sys.modules.get("vllm.distributed"):
         vllm.cleanup_dist_env_and_memory()
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def end_before_python_does() -> None:
-    """Have a process that has parted end behind all exit handlers that are registered after this. Python would take
-    itself apart next, while gloo's threads may still hold its tensors: it then aborts, with all of it saved (PyTorch
-    #179291)."""
-    atexit.register(_end)
-
-
-def _end() -> None:
-    if _has_parted:
-        sys.stdout.flush()
-        os._exit(0)
 
 
 def is_of_a_peer(error: Exception) -> bool:
