@@ -19,8 +19,19 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-ROOT = Path(__file__).parents[1]
+ROOT, TESTS = Path(__file__).parents[1], Path(__file__).parent
 GSM8K = Path(os.environ.get("GSM8K", ROOT.parent / "shared" / "gsm8k"))  # the real dataset; without it its tests skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Two at a time where tests of tests/system are asked for; a start of two processes costs more than the others."""
+    paths = [Path(arg.partition("::")[0]).resolve() for arg in config.args]
+    asks_for_system = any(path in (ROOT, TESTS) or TESTS / "system" in (path, path.parent) for path in paths)
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # one of the two, which would start two more
+    if asks_for_system and not is_worker and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = 2, "loadgroup"
+
 
 # small enough for a CPU in seconds; the recipe's own constants otherwise
 SMALL = {
@@ -36,6 +47,26 @@ SMALL = {
     "max_completion_length": "12",
     "learning_rate": "1e-3",
 }
+
+COLD = {  # of a cold start: long enough for the tiny policy to learn the format by heart, and for a signal to hit
+    "use_cpu": "true",
+    "bf16": "false",
+    "gradient_checkpointing": "false",
+    "examples": "24",
+    "num_train_epochs": "40",
+    "per_device_train_batch_size": "8",
+    "learning_rate": "5e-3",
+    "max_completion_length": "60",
+    "save_steps": "10",
+}
+
+
+@pytest.fixture(autouse=True)
+def a_process_of_its_own():
+    """As far as accelerate can tell: it keeps the first run's precision and device for all runs of a process."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_jsonl(path: Path, rows: list) -> None:
@@ -61,9 +92,9 @@ def tiny(data: Path, initializer_range: float, layers: int = 2):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    import demo
+    from cold_start import target
     from rewards import to_prompt
-    from support import demo
-    from support.cold_start import target
     from support.problems import load_problems
 
     problems, _ = load_problems(str(data), None, "train")
@@ -152,6 +183,12 @@ def flags(policy: Path, data: Path, output: Path, **changes) -> list[str]:
     return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
 
 
+def cold_flags(policy: Path, data: Path, output: Path, **changes) -> list[str]:
+    """The command line of a small cold start; a change to None drops a flag."""
+    settings = {"model_name_or_path": policy, "dataset_name": data, "output_dir": output, **COLD, **changes}
+    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+
 def settings(*words):
     """The settings of a start with this command line on a CPU."""
     import train_grpo
@@ -167,12 +204,13 @@ def refused(capsys, status: int, words: list) -> str:
     return error
 
 
-def ended(capsys, status: int, words: list) -> tuple[str, str]:
-    """What a start in this process prints before it ends with `status`, and its error."""
+def ended(capsys, status: int, words: list, command=None) -> tuple[str, str]:
+    """What a start in this process (of train_grpo.py, or another `command`) prints before it ends with `status`, and
+    its error."""
     import train_grpo
 
     with pytest.raises(SystemExit) as exit:
-        train_grpo.main([str(word) for word in words])
+        (command or train_grpo).main([str(word) for word in words])
     out, error = capsys.readouterr()
     assert (exit.value.code if isinstance(exit.value.code, int) else 1) == status, error
     return out, error if isinstance(exit.value.code, int) else exit.value.code

@@ -1,14 +1,19 @@
 """The arithmetic of GPU memory, by hand for Qwen2.5-1.5B, and what is chosen by it."""
 
+import json
+import shutil
+
 import conftest
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
 from benchmarks.gpu_memory import shaped
 from support import memory
 from support.errors import RunStopped
-from support.memory import check, fit, gpu_memory, held, needed
+from support.memory import check, fit, gpu_memory, longest
+from support.settings import Settings
 
 PARAMETERS = 1_543_714_304
 LINEAR = 28 * (2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960)  # weights of the layers' linear modules
@@ -22,13 +27,14 @@ def model():
 def settings(tmp_path, *words: str):
     """Those of the default run, before anything is chosen by memory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "settle", lambda settings: None)
+        patch.setattr(memory, "choose_by_memory", lambda settings: "")
         return conftest.settings("--output_dir", tmp_path, *words)
 
 
-def computed(model, tmp_path, *words: str, quantized: bool = False) -> dict:
-    words = ("--gradient_checkpointing", "true", "--tokens_per_pass", "12288", *words)
-    return gpu_memory(model, settings(tmp_path, *words), quantized)
+def computed(model, tmp_path, *words: str, in_4bit: bool = False) -> dict:
+    run = settings(tmp_path, "--gradient_checkpointing", "true", "--tokens_per_pass", "12288", *words)
+    run.load_in_4bit = in_4bit  # the flag asks for bitsandbytes
+    return gpu_memory(model, run)
 
 
 def test_full_fine_tuning_holds_sixteen_bytes_a_parameter(model, tmp_path):
@@ -37,27 +43,22 @@ def test_full_fine_tuning_holds_sixteen_bytes_a_parameter(model, tmp_path):
     assert parts["optimizer"] == 8 * PARAMETERS
     assert parts["casts"] == 2 * LINEAR
     assert parts["reference"] == 0
-    # 64 completions x (256 + 512) tokens x 28 layers x keys and values x 2 heads of 128 x 2 bytes
-    assert parts["cache"] == 64 * 768 * 28 * 2 * 256 * 2
-    assert held(parts) == 16 * PARAMETERS
-    assert 31e9 < needed(parts, settings(tmp_path)) < 32e9, "the README's 31 GB"
+    assert parts["held"] == 16 * PARAMETERS
+    assert 31e9 < parts["most"] < 32e9, "the README's 31 GB"
 
 
-def test_another_optimizers_states_are_no_reason_to_refuse(model, tmp_path, capsys):
+def test_another_optimizers_states_are_no_reason_to_refuse(model, tmp_path):
     """Those in 8 bits, or without moments, are less than AdamW's by an amount that is not known here."""
     with pytest.raises(RunStopped):
         check(model, settings(tmp_path, "--tokens_per_pass", "4096"), total=24e9)
-    check(model, settings(tmp_path, "--optim", "adafactor", "--tokens_per_pass", "4096"), total=24e9)
-    assert "WARNING: the run may need" in capsys.readouterr().out
+    words = check(model, settings(tmp_path, "--optim", "adafactor", "--tokens_per_pass", "4096"), total=24e9)
+    assert "MAY NOT FIT" in words
 
 
-def test_each_process_has_the_keys_and_values_of_its_own_completions(model, tmp_path):
+def test_several_processes_sum_their_gradients_in_a_copy(model, tmp_path, monkeypatch):
     run = settings(tmp_path)
-    alone = gpu_memory(model, run)["cache"]
-    run.generation_batch_size *= 8
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(run), "world_size", 8)
-        assert gpu_memory(model, run)["cache"] == alone
+    monkeypatch.setattr(type(run), "world_size", 8)
+    assert gpu_memory(model, run)["gradients"] == 8 * PARAMETERS
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
@@ -68,8 +69,9 @@ def test_other_architectures_have_a_need_too(kind, tmp_path):
         config = AutoConfig.for_model(kind, text_config={**small, "intermediate_size": 64}, vision_config={})
     else:
         config = AutoConfig.for_model(kind, vocab_size=64, n_embd=32, n_layer=2, n_head=2)
-    assert memory._cache(config, settings(tmp_path)) == 64 * 768 * 2 * 2 * (64 if kind == "gemma3" else 32) * 2
-    assert memory._bytes_a_token(config, settings(tmp_path)) > 0
+    model = torch.nn.Module()
+    model.config = config
+    assert gpu_memory(model, settings(tmp_path))["activations"] > 0
 
 
 def test_a_reference_model_costs_its_weights(model, tmp_path):
@@ -87,9 +89,7 @@ def test_gradient_checkpointing_keeps_one_layer_and_what_is_between_them(model, 
 def test_a_pass_takes_what_it_was_seen_to_take(model, tmp_path):
     """1.5B on an H200, fp32 weights, bf16 compute, no recomputation: 56.0 GB in a pass of 6,688 tokens."""
     run = settings(tmp_path, "--gradient_checkpointing", "false", "--tokens_per_pass", "6688", "--bf16", "true")
-    run.use_vllm = True  # no keys and values in this process
-    run.vllm_mode = "server"
-    assert needed(gpu_memory(model, run), run) == pytest.approx(56.0e9, rel=0.01)
+    assert gpu_memory(model, run)["most"] == pytest.approx(56.0e9, rel=0.01)
 
 
 def test_the_largest_pass_is_no_larger_than_a_step_and_no_smaller_than_a_row(model, tmp_path):
@@ -116,28 +116,57 @@ def test_lora_holds_gradients_and_moments_of_the_adapter_alone(model, tmp_path):
 
 def test_four_bit_weights_take_half_a_byte_and_their_scales(model, tmp_path):
     model = get_peft_model(model, LoraConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    full, quantized = (computed(model, tmp_path, "--use_peft", "true", quantized=flag) for flag in (False, True))
+    full, quantized = (computed(model, tmp_path, "--use_peft", "true", in_4bit=flag) for flag in (False, True))
     assert full["weights"] - quantized["weights"] == pytest.approx(LINEAR * (4 - 0.5625))
     assert quantized["casts"] == 0
 
 
+def test_four_bit_weights_count_alike_before_and_after_they_are_packed(tmp_path):
+    """bitsandbytes keeps a frozen matrix as bytes that hold two weights each."""
+    run, whole, packed = settings(tmp_path), torch.nn.Module(), torch.nn.Module()
+    run.load_in_4bit = True
+    for model, shape, dtype in ((whole, (64, 32), torch.float32), (packed, (64 * 32 // 2, 1), torch.uint8)):
+        model.weight = torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+        model.config = AutoConfig.for_model("gpt2")
+    assert gpu_memory(whole, run)["weights"] == gpu_memory(packed, run)["weights"] == 64 * 32 * 0.5625
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2), ("auto", 2)])
+def test_weights_are_of_the_type_that_they_are_loaded_in(dtype, width, policy, tmp_path, monkeypatch):
+    """`auto` is the type that the model's folder names."""
+    shutil.copy(policy / "config.json", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(memory, "device_memory", lambda device: int(80e9))
+    checked = []
+    monkeypatch.setattr(
+        memory, "check", lambda model, *_: checked.append({p.element_size() for p in model.parameters()})
+    )
+    run = settings(tmp_path / "run", "--dtype", dtype)
+    run.model_name_or_path = str(tmp_path)
+    monkeypatch.setattr(Settings, "device", torch.device("cuda"))
+    memory.choose_by_memory(run)
+    assert checked == [{width}]
+
+
 @pytest.mark.parametrize(("total", "outcome"), [(20e9, "refused"), (28e9, "warned"), (40e9, "fine")])
-def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of(total, outcome, model, tmp_path, capsys):
+def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of(total, outcome, model, tmp_path):
     config = settings(tmp_path, "--gradient_checkpointing", "true", "--tokens_per_pass", "12288")
     if outcome == "refused":
         with pytest.raises(RunStopped, match=r"need 24.7 GB, and the GPU has 20.0 GB(.|\n)*--use_peft true"):
             check(model, config, int(total))
     else:
-        check(model, config, int(total))
-        assert ("WARNING: the run may need 31.5 GB" in capsys.readouterr().out) == (outcome == "warned")
+        words = check(model, config, int(total))
+        assert words.startswith(f"needs at most about 31.5 GB of {total / 1e9:.1f} GB (computed)")
+        assert ("MAY NOT FIT: try TOKENS_PER_PASS below 12,288" in words) == (outcome == "warned")
 
 
 def fitted(model, tmp_path, gigabytes: float, *words: str, vllm: float = 0) -> tuple[int, bool]:
     config = settings(tmp_path, *words)
     config.use_vllm, config.vllm_gpu_memory_utilization = vllm > 0, vllm
     fit(model, config, int(gigabytes * 1e9))
-    most = needed(gpu_memory(model, config) | {"cache": 0}, config, int(gigabytes * 1e9))
-    assert config.tokens_per_pass == 768 or most <= 0.9 * gigabytes * 1e9, "what is chosen fits"
+    most = gpu_memory(model, config, int(gigabytes * 1e9))["most"]
+    assert config.tokens_per_pass == longest(config) or most <= 0.9 * gigabytes * 1e9, "what is chosen fits"
     return config.tokens_per_pass, config.gradient_checkpointing
 
 
@@ -155,6 +184,7 @@ def fitted(model, tmp_path, gigabytes: float, *words: str, vllm: float = 0) -> t
         (32, ("--gradient_checkpointing", "true"), 0, (1_400, True), "the user's choice, with little room"),
         (80, ("--tokens_per_pass", "4000"), 0, (4_000, False), "the user's choice, and it fits"),
         (80, ("--tokens_per_pass", "20000"), 0, (20_000, True), "the user's choice does not fit otherwise"),
+        (45, ("--max_completion_length", "5000"), 0, (5_986, True), "a row is longer than what fits otherwise"),
         (41, ("--per_device_train_batch_size", "2", "--num_generations", "2"), 0, (2_000, False), "a small step"),
     ],
 )
@@ -176,17 +206,18 @@ def test_a_step_that_cannot_be_split_recomputes_where_all_of_it_does_not_fit(wor
 def test_on_a_cpu_memory_chooses_nothing(tmp_path):
     """Else the same command would round otherwise on another machine."""
     run = conftest.settings("--model_name_or_path", tmp_path, "--output_dir", tmp_path / "run")
+    assert memory.choose_by_memory(run) == ""
     assert (run.tokens_per_pass, run.gradient_checkpointing) == (4096, False)
 
 
 def test_vllms_share_counts_through_the_update_unless_it_sleeps(model, tmp_path):
     config = settings(tmp_path, "--gradient_checkpointing", "true", "--tokens_per_pass", "12288")
     config.use_vllm, config.vllm_gpu_memory_utilization = True, 0.3
-    parts, total = gpu_memory(model, config), int(80e9)
+    total = int(80e9)
+    parts = gpu_memory(model, config, total)
     update = parts["casts"] + parts["activations"]
-    assert parts["cache"] == 0, "vLLM's own, within its share"
-    assert needed(parts, config, total) == held(parts) + update + int(24e9)
+    assert parts["most"] == parts["held"] + update + int(24e9)
     config.vllm_enable_sleep_mode = True
-    assert needed(parts, config, total) == held(parts) + int(24e9), "more than the update"
+    assert gpu_memory(model, config, total)["most"] == parts["held"] + int(24e9), "more than the update"
     config.vllm_mode = "server"
-    assert needed(parts, config, total) == held(parts) + update
+    assert gpu_memory(model, config, total)["most"] == parts["held"] + update

@@ -63,8 +63,9 @@ def test_a_row_that_cannot_be_scored_is_named(tmp_path, row, fault, reason):
 
 def test_many_bad_rows_are_counted_and_the_first_few_named(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"question": "Why?", "answer": "none"}] * 40)
-    with pytest.raises(BadInput, match=r"40 of 40 rows.*row 5: .*and 35 more"):
+    with pytest.raises(BadInput, match=r"40 of 40 rows.*row 5: ") as error:
         load_problems(str(tmp_path), None, "train")
+    assert "row 6: " not in str(error.value)
 
 
 def test_bytes_that_are_no_text_are_named_too(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from rewards import REWARD_FUNCS
 from support import progress
-from support.progress import closing_remark, step_line
+from support.progress import Progress, closing_remark, step_line
 
 
 @pytest.mark.parametrize(
@@ -18,11 +18,9 @@ from support.progress import closing_remark, step_line
         (None, "cuda", "Transformers (USE_VLLM is False)"),
     ],
 )
-def test_the_plan_says_what_a_gpu_loses_without_vllm(obstacle, device, words, monkeypatch):
-    monkeypatch.setattr(progress, "vllm_obstacle", lambda use_cpu: obstacle)
-    settings = {"use_vllm": False, "use_cpu": device == "cpu", "load_in_4bit": False, "demo": False}
-    run = SimpleNamespace(**settings, device=torch.device(device))
-    assert words in progress._backend(run)
+def test_the_plan_says_what_a_gpu_loses_without_vllm(obstacle, device, words):
+    args = SimpleNamespace(use_vllm=False, load_in_4bit=False, device=torch.device(device))
+    assert words in progress.render("backend.txt", args=args, obstacle=obstacle)
 
 
 def log_of(rewards: list[float], lenient: dict[int, float], n: int = 200) -> list[dict]:
@@ -71,5 +69,35 @@ def test_a_steps_line_is_at_most_160_characters_wide(steps, changes, reason):
     small = {"entropy": 0.012345, "grad_norm": 0.012345, "learning_rate": 4.9876e-06}
     logs = {**rewards, **shares, **numbers, **small, **changes}
     line = step_line(steps, steps, logs)
-    assert len(line) <= 160, f"{reason}: {len(line)}, {line}"
+    assert len(line) <= progress.WIDTH == 160, f"{reason}: {len(line)}, {line}"
     assert f" {logs['reward']:.2f} " in line
+
+
+def test_an_ordinary_steps_line_has_room_for_the_gradient():
+    rewards = {f"rewards/{function.__name__}/mean": 0.475 for function in REWARD_FUNCS}
+    shares = {"completions/clipped_ratio": 0.12, "frac_reward_zero_std": 0.25, "computed_tokens": 0.71}
+    numbers = {"reward": 2.375, "reward_std": 0.8391, "completions/mean_length": 211.6, "step_time": 3.44}
+    line = step_line(940, 1868, {**rewards, **shares, **numbers, "entropy": 0.34, "grad_norm": 0.127})
+    assert line.endswith("length 212 truncated 12% no signal 25% tokens 71% entropy .34 grad .13 3.4 s")
+
+
+def test_after_ten_steps_without_signal_one_warning_says_what_to_type(capsys):
+    run = Progress(None, SimpleNamespace(sample_every=0))
+    run.training_bar = SimpleNamespace(write=print)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1, max_steps=99, logging_steps=2)
+    logs = {
+        "reward": 0.0,
+        "reward_std": 0.0,
+        "completions/mean_length": 9,
+        "completions/clipped_ratio": 0,
+        "entropy": 1,
+    }
+    for share in (1, 1, 1, 1, 0.5, 1, 1, 1, 1):
+        run.on_log(None, state, None, {**logs, "frac_reward_zero_std": share})
+    assert "WARNING" not in capsys.readouterr().out, "never 10 steps in a row"
+    for _ in range(9):
+        run.on_log(None, state, None, {**logs, "frac_reward_zero_std": 1})
+    out = capsys.readouterr().out
+    assert out.count("WARNING: for 10 steps every group's completions all earned the same") == 1
+    for words in ("cold_start.py --output_dir outputs/cold`", "outputs/cold`)", "ONE_SHOT"):
+        assert words in out

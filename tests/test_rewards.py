@@ -58,7 +58,7 @@ SOFT = [
     ("<reasoning>Two.</reasoning><answer> \n</answer>", 0.0, "blank answer"),
     ("<reasoning>Two.</reasoning> so <answer>4</answer>", 0.0, "text between the blocks"),
     ("<reasoning>Two.<answer>4</answer>", 0.0, "a tag is missing"),
-    ("<reasoning>Two.</reasoning><answer>4", 0.0, "cut off before the end"),
+    ("<reasoning>Two.</reasoning><answer>4", 0.0, "truncated before the end"),
     ("<Reasoning>Two.</Reasoning><Answer>4</Answer>", 0.0, "tags are lower case"),
     ("", 0.0, "empty"),
 ]
@@ -181,7 +181,7 @@ def test_same_number_compares_values_not_text(first, second, same, reason):
     [
         (GOOD, "4", "the block, stripped"),
         ("<answer>3</answer> no, <answer>4</answer>", "4", "the last block"),
-        ("<answer>4", "4", "cut off before the closing tag"),
+        ("<answer>4", "4", "truncated before the closing tag"),
         ("</answer><answer>4</answer>", "4", "the closing tag after the last opening one"),
         ("<answer></answer>", "", "an empty block"),
         ("  just 4 ", "just 4", "no tag: the whole text"),

@@ -13,7 +13,7 @@ def test_constants_are_what_the_trainer_gets(policy, tmp_path):
     """Each constant under its flag: one that is logged but not used is the bug to fear."""
     got = vars(settings("--model_name_or_path", policy, "--output_dir", tmp_path))
     constants = {name: value for name, value in vars(train_grpo).items() if name.isupper()}
-    assert len(constants) > 50
+    assert len(constants) > 40
     for name, value in constants.items():
         if value is not None and name not in ("OUTPUT_DIR", "MODEL_NAME_OR_PATH"):
             assert got[name.lower()] in (value, *(value if isinstance(value, list) else [])), name
@@ -50,7 +50,6 @@ def test_lora_trains_all_linear_layers_at_ten_times_the_rate_unless_one_is_given
     words = ["--model_name_or_path", policy, "--output_dir", tmp_path / "run", "--use_peft", "true"]
     run = settings(*words)
     assert run.learning_rate == 10 * train_grpo.LEARNING_RATE
-    assert run.cold_start_learning_rate == 10 * train_grpo.COLD_START_LEARNING_RATE
     assert run.lora_target_modules == "all-linear"
     assert (run.lora_r, run.lora_dropout) == (32, 0.0)
     assert settings(*words, "--learning_rate", "1e-6").learning_rate == 1e-6
@@ -107,7 +106,7 @@ def test_help_lists_the_recipes_and_trls_flags(capsys):
         train_grpo.main(["--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
-    for flag in ("--demo", "--max_prompt_length", "--num_generations", "--lora_r", "--report_to"):
+    for flag in ("--reuse_shown", "--max_prompt_length", "--num_generations", "--lora_r", "--report_to"):
         assert flag in text
 
 

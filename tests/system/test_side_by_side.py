@@ -1,15 +1,19 @@
-"""comparison.html in a real browser: it shows what was measured, filters it, and runs nothing."""
+"""comparison.html in a real browser: it shows two evaluations side by side, filters them, and runs nothing."""
 
 import json
 import os
 import re
 import shutil
 import subprocess
+from contextlib import chdir
+from pathlib import Path
 
 import pytest
+from conftest import write_jsonl
 
+from benchmarks import side_by_side
 from support import comparison, evaluation
-from support.side_by_side import write_page
+from support.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = (
@@ -22,14 +26,25 @@ def formatted(answer) -> str:
     return f"<reasoning>\nWith 3 of them.\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
 
-def page(folder, count: int, completion=formatted):
-    """A comparison of `count` problems: of 8, the trained model gains 4 and loses 1, and both solve 2 and neither 1."""
+GOOD = formatted(4)
+BASE = "<b>base</b>"  # of which evaluations are kept in outputs/<b>base<--b>
+
+
+def keep(path: Path, report: dict, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report))
+    write_jsonl(path.with_suffix(".jsonl"), rows)
+
+
+def compared(folder: Path, count: int, completion=formatted) -> None:
+    """The evaluations of `count` problems, as they are in `folder` and in its outputs/ after a comparison: of 8, the
+    trained model gains 4 and loses 1, and both solve 2 and neither 1."""
     problems = [{"question": f"What is {i} & <b>3</b>?", "answer": str(i + 3)} for i in range(count)]
 
     def rows(right, native=False, wrong="0") -> list[dict]:
         say = completion if not native else r"So $\boxed{{{}}}$ it is.".format
         texts = [say(problem["answer"] if i % 8 in right else wrong) for i, problem in enumerate(problems)]
-        completions = [{"text": text, "tokens": 9, "truncated": False} for text in texts]
+        completions = [{"text": text, "tokens": 9, "truncated": i % 8 == 7} for i, text in enumerate(texts)]
         return [evaluation.score(i, *pair, native) for i, pair in enumerate(zip(problems, completions, strict=True))]
 
     model, baseline, native = rows({0, 1, 2, 3, 4, 5}), rows({4, 5, 6}), rows({0, 1, 4, 7}, native=True)
@@ -38,8 +53,23 @@ def page(folder, count: int, completion=formatted):
     }
     report = {"dataset": "<i>ours</i>", "split": "test", "max_completion_length": 99, "one_shot": False}
     report |= evaluation.summarize(model)
-    report["comparison"] = comparison.paired("<b>base</b>", before, model)
-    return write_page(folder, "outputs/Run", before, report, model)
+    report |= {"model": "outputs/Run", "comparison": comparison.paired(BASE, before, model)}
+    keep(folder / "evaluation.json", report, model)
+    for name, file in (("baseline native", "evaluation-native.json"), ("baseline", "evaluation.json")):
+        measured, of = before[name]
+        keep(folder / "outputs" / BASE.replace("/", "--") / file, {"model": BASE, **measured}, of)
+
+
+def page(folder: Path, count: int, completion=formatted) -> Path:
+    compared(folder, count, completion)
+    made(folder)
+    return folder / "comparison.html"
+
+
+def made(folder: Path) -> None:
+    """`benchmarks/side_by_side.py`, started in `folder` for the evaluation there."""
+    with chdir(folder):
+        side_by_side.main([str(folder)])
 
 
 class Browser:
@@ -182,8 +212,81 @@ def test_the_page_loads_without_errors_and_refers_to_nothing_outside(browser, tm
     assert len(browser.shown()) == 1319
 
 
+def test_a_completion_that_hit_the_limit_is_called_truncated(tmp_path):
+    heads = re.findall("<h3>(.*)</h3>", page(tmp_path, 8).read_text(encoding="utf-8"))
+    assert len(heads) == 3 * 8
+    assert [head for head in heads if "truncated" in head] == heads[-3:]
+    assert heads[-2:] == ["baseline: wrong, 9 tokens, truncated", "model: wrong, 9 tokens, truncated"]
+
+
 def test_an_earlier_comparison_is_set_aside(tmp_path, capsys):
     page(tmp_path, 8)
     page(tmp_path, 16)
     assert "the earlier comparison.html is kept as" in capsys.readouterr().out
     assert len(list(tmp_path.glob("comparison*.html"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "marked"),
+    [
+        (GOOD, "4"),
+        ("from 9, 5, and", "5"),
+        ("<answer>18</answer> Note: 3 eggs.", "3"),
+        ("<answer>20</answer> or 18", "18"),
+        ("none", None),
+    ],
+)
+def test_what_is_marked_is_what_was_scored(text, marked):
+    span = side_by_side.answer_span(text, native=False)
+    assert (span and text[slice(*span)].strip()) == marked
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no evaluation", r"^side_by_side.py: .*/evaluation\.json: no such file; evaluate.py writes it$"),
+        ("no answers", r"evaluation\.jsonl: no such file"),
+        ("half a file", r"cannot be read \(JSONDecodeError"),
+        (
+            "no comparison",
+            r"no comparison with a baseline; run python evaluate.py outputs/Run --compare BASELINE first$",
+        ),
+        ("no baseline", r"base<--b>/evaluation-native\.json: no such file"),
+        ("other problems", r"not comparable. problems: 8 there, 8 here, 7 of them the same; run evaluate.py with"),
+        ("fewer problems", r"not comparable. problems: 7 there, 8 here, 7 of them the same; run evaluate.py with"),
+        ("another evaluation", r"not the evaluation that was compared: another lenient accuracy, truncated rate; run"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_message(tmp_path, damage, message):
+    compared(tmp_path, 8)
+    own, base = tmp_path / "evaluation.json", tmp_path / "outputs" / "<b>base<--b>"
+    native, report = base / "evaluation-native.json", json.loads(own.read_text())
+    rows = native.with_suffix(".jsonl").read_text().splitlines()
+    if damage == "no evaluation":
+        own.unlink()
+    elif damage == "no answers":
+        own.with_suffix(".jsonl").unlink()
+    elif damage == "half a file":
+        own.write_text(own.read_text()[:100])
+    elif damage == "no comparison":
+        own.write_text(json.dumps({key: value for key, value in report.items() if key != "comparison"}))
+    elif damage == "no baseline":
+        shutil.rmtree(base)
+    elif damage == "other problems":
+        write_jsonl(native.with_suffix(".jsonl"), [rows[0].replace("What is 0", "What is 9"), *rows[1:]])
+    elif damage == "fewer problems":
+        write_jsonl(native.with_suffix(".jsonl"), rows[:7])
+    else:
+        again = json.loads(native.read_text()) | {"lenient_accuracy": 0.9, "truncated_rate": 0.9}
+        native.write_text(json.dumps(again))
+    with pytest.raises(SystemExit, match=message) as exit:
+        made(tmp_path)
+    assert "\n" not in exit.value.code
+    assert not (tmp_path / "comparison.html").exists()
+
+
+def test_a_cold_start_that_is_evaluated_gets_no_report_of_a_run(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"examples": 24, "use_peft": False}}))
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": []}))
+    assert write_report(tmp_path) is None
+    assert not (tmp_path / "README.md").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from conftest import distance, flags, identical, until, weights
+from conftest import cold_flags, distance, flags, identical, until, weights
 from test_processes import finished, launch, log
 
 import evaluate
@@ -24,9 +24,9 @@ CONFIGS = Path(trl.__file__).parent / "accelerate_configs"
 PROCESSES = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
 
 
-def rehearsed(stage: str) -> dict:
+def rehearsed(stage: str, command: str = "train_grpo.py") -> dict:
     how = ["--config_file", CONFIGS / f"{stage}.yaml", *PROCESSES]
-    return {"script": "tests/deepspeed_on_cpu.py", "how": how}
+    return {"script": f"tests/system/deepspeed_on_cpu.py {command}", "how": how}
 
 
 def words(policy, data, output, **changes) -> list[str]:
@@ -59,19 +59,21 @@ def test_zero_leaves_an_ordinary_policy_with_the_weights_of_whole_copies(whole, 
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_zero_goes_on_to_grpo_after_a_cold_start(stage, policy, data, tmp_path):
-    cold = {"cold_start_examples": "8", "cold_start_batch_size": "4", "cold_start_epochs": "1"}
-    cold |= {"max_steps": "1", "max_completion_length": "40", "use_cpu": None}
-    status, out = finished(*words(policy, data, tmp_path / "run", **cold), **rehearsed(stage))
+def test_grpo_starts_from_what_a_cold_start_with_zero_left(stage, policy, data, tmp_path):
+    cold = {"examples": "8", "per_device_train_batch_size": "4", "num_train_epochs": "1", "use_cpu": None}
+    status, out = finished(*cold_flags(policy, data, tmp_path / "cold", **cold), **rehearsed(stage, "cold_start.py"))
+    assert status == 0, out[-4000:]
+    changes = {"max_steps": "1", "max_completion_length": "40", "use_cpu": None}
+    status, out = finished(*words(tmp_path / "cold", data, tmp_path / "run", **changes), **rehearsed(stage))
     assert status == 0, out[-4000:]
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_with_zero_3_a_policy_is_no_source_of_its_own_cold_start(policy, data, tmp_path):
-    cold = {"cold_start_examples": "8", "cold_start_source": "self", "use_cpu": None}
-    status, out = finished(*words(policy, data, tmp_path / "run", **cold), **rehearsed("zero3"))
+    cold = {"examples": "8", "source": "self", "use_cpu": None}
+    status, out = finished(*cold_flags(policy, data, tmp_path / "run", **cold), **rehearsed("zero3", "cold_start.py"))
     assert status == 1
-    assert "COLD_START_SOURCE = 'self' with ZeRO-3" in out, out[-4000:]
+    assert "SOURCE = 'self' with ZeRO-3" in out, out[-4000:]
 
 
 def test_zero_stops_at_sigterm_and_goes_on_to_the_same_weights(whole, policy, data, tmp_path):

@@ -14,13 +14,21 @@ import torch
 from conftest import launch, problem, start, write_jsonl
 
 import evaluate
-from rewards import to_prompt
+from benchmarks import side_by_side
+from rewards import SYSTEM_PROMPT, to_prompt
 from support import comparison, evaluation, generation
 from support.errors import BadInput
 from support.generation import vllm_obstacle
 from support.problems import load_problems, load_tokenizer
 
 GOOD = "<reasoning>\nOne and 3.\n</reasoning>\n<answer>\n4\n</answer>"
+
+
+def evaluated(*words) -> None:
+    """`evaluate.py` with this command line, in this process."""
+    evaluate.main([str(word) for word in words])
+
+
 KEYS = [
     "model",
     "dataset",
@@ -73,20 +81,6 @@ def test_score_of_one_completion(text, strict, lenient, in_format, reason):
     assert (row["index"], row["gold"], row["completion"], row["tokens"]) == (3, "4", text, 7)
 
 
-@pytest.mark.parametrize(
-    ("text", "marked"),
-    [
-        (GOOD, "4"),
-        ("<answer>18</answer> Note: 3 eggs.", "3"),
-        ("<answer>20</answer> or 18", "18"),
-        ("none", None),
-    ],
-)
-def test_what_is_marked_is_what_was_scored(text, marked):
-    span = evaluation.answer_span(text, native=False)
-    assert (span and text[slice(*span)].strip()) == marked
-
-
 def test_summary_shares_and_wilson_interval():
     rows = [
         {
@@ -136,7 +130,7 @@ def test_a_completion_ends_at_any_of_the_models_eos_tokens(babbler):
     assert (stopped["tokens"], stopped["truncated"]) == (1, False)
 
 
-def test_evaluating_a_run_uses_its_settings_and_writes_both_files(trained, data):
+def test_evaluating_a_run_uses_its_settings_and_writes_both_files(trained, data, capsys):
     run, _ = trained
     done = start("evaluate.py", run, "--limit", 6)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -149,12 +143,19 @@ def test_evaluating_a_run_uses_its_settings_and_writes_both_files(trained, data)
     assert all(row["tokens"] <= 12 for row in rows)
     assert "strict accuracy" in done.stdout
 
-    again = start("evaluate.py", run / "checkpoint-2", "--limit", 2, "--output_dir", run)
-    assert again.returncode == 0, again.stderr[-3000:]
+    evaluated(run / "checkpoint-2", "--limit", 2, "--output_dir", run)
     assert json.loads((run / "evaluation.json").read_text())["n"] == 2
     (kept,) = [path for path in run.glob("evaluation-*.json")]
     assert json.loads(kept.read_text())["n"] == 6, "the earlier evaluation is set aside, not overwritten"
-    assert "is kept as" in again.stdout
+    assert "is kept as" in capsys.readouterr().out
+
+
+def test_what_a_run_does_not_say_is_the_recipes_own(tmp_path):
+    """As a cold start's run.json, which has some of the settings."""
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"dataset_name": "me/sums", "learning_rate": 1}}))
+    task = evaluate.read_task([str(tmp_path), "--limit", "3"])
+    assert (task.dataset_name, task.dataset_test_split, task.max_completion_length) == ("me/sums", "test", 512)
+    assert (task.limit, task.one_shot, task.system_prompt) == (3, False, SYSTEM_PROMPT)
 
 
 def test_a_gpu_too_small_for_a_batch_is_one_message(trained, monkeypatch):
@@ -181,13 +182,13 @@ def test_asking_natively_asks_without_the_recipes_prompt(trained, monkeypatch):
     assert [[message["role"] for message in prompt] for prompt in asked] == [["system", "user"], ["user"]]
 
 
-def test_ask_prints_one_answer_and_writes_nothing(trained):
+def test_ask_prints_one_answer_and_writes_nothing(trained, capsys):
     run, _ = trained
     before = sorted(run.iterdir())
-    done = start("evaluate.py", run, "--ask", "how many r's are in strawberry?")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip()
-    assert not re.search(r"[\x00-\x08\x0b-\x1f]", done.stdout), "a model's control characters do not reach the terminal"
+    evaluated(run, "--ask", "how many r's are in strawberry?")
+    out = capsys.readouterr().out
+    assert out.strip()
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", out), "a model's control characters do not reach the terminal"
     assert sorted(run.iterdir()) == before
 
 
@@ -284,12 +285,11 @@ def test_a_comparison_in_words(pattern, words):
     assert comparison.in_words(comparison.compare(*results(*pattern))).startswith(words)
 
 
-def test_comparing_evaluates_both_and_reuses_what_the_baseline_has(trained, policy, data, tmp_path):
+def test_comparing_evaluates_both_and_reuses_what_the_baseline_has(trained, policy, data, tmp_path, capsys):
     run, _ = trained
-    baseline = tmp_path / "baseline"
-    shutil.copytree(policy, baseline)
-    first = start("evaluate.py", run, "--compare", baseline, "--limit", 8, "--output_dir", tmp_path / "first")
-    assert first.returncode == 0, first.stderr[-3000:]
+    baseline = shutil.copytree(policy, tmp_path / "baseline")
+    evaluated(run, "--compare", baseline, "--limit", 8, "--output_dir", tmp_path / "first")
+    out = capsys.readouterr().out
     for text in (
         "baseline native",
         "baseline",
@@ -298,53 +298,53 @@ def test_comparing_evaluates_both_and_reuses_what_the_baseline_has(trained, poli
         "both right 0",
         "no difference that n = 8",
     ):
-        assert text in first.stdout
+        assert text in out
     paired = json.loads((tmp_path / "first" / "evaluation.json").read_text())["comparison"]
     assert (paired["n"], paired["baseline"]) == (8, str(baseline))
     assert len((baseline / "evaluation.jsonl").read_text().splitlines()) == 8
     native = json.loads((baseline / "evaluation-native.json").read_text())
     assert (native["n"], native["strict_accuracy"], native["format_rate"]) == (8, None, None)
     assert paired["native"]["n"] == 8
-    assert f"against {baseline} with its native prompt, lenient: " in first.stdout
+    assert f"against {baseline} with its native prompt, lenient: " in out
+    assert f"for a browser: python benchmarks/side_by_side.py {tmp_path / 'first'}\n" in out
+    assert not (tmp_path / "first" / "comparison.html").exists()
+    side_by_side.main([str(tmp_path / "first")])
+    page = (tmp_path / "first" / "comparison.html").read_text(encoding="utf-8")
+    assert re.findall("<h3>(.*?):", page) == ["baseline native", "baseline", "model"] * 8
 
     (baseline / "model.safetensors").unlink()
-    second = start("evaluate.py", run, "--compare", baseline, "--limit", 8, "--output_dir", tmp_path / "second")
-    assert second.returncode == 0, "the baseline's own evaluation is used: " + second.stderr[-3000:]
+    evaluated(run, "--compare", baseline, "--limit", 8, "--output_dir", tmp_path / "second")
+    assert (tmp_path / "second" / "evaluation.json").is_file(), "the baseline's own evaluation is used"
 
-    other = start("evaluate.py", run, "--compare", baseline, "--limit", 9, "--max_completion_length", 5)
-    assert other.returncode == 1
-    assert "problems: 8 there, 9 here, 8 of them the same" in other.stderr
-    assert "max completion length: 12 there, 5 here" in other.stderr
-    assert "Traceback" not in other.stderr
+    with pytest.raises(SystemExit) as exit:
+        evaluated(run, "--compare", baseline, "--limit", 9, "--max_completion_length", 5)
+    assert "problems: 8 there, 9 here, 8 of them the same" in exit.value.code
+    assert "max completion length: 12 there, 5 here" in exit.value.code
 
 
 def test_a_baseline_must_be_the_evaluation_of_that_very_model(trained, policy, data, tmp_path):
     run, _ = trained
-    baseline = tmp_path / "baseline"
-    shutil.copytree(policy, baseline)
+    baseline = shutil.copytree(policy, tmp_path / "baseline")
     words = ["--limit", 4, "--dataset_name", data, "--max_completion_length", 12]
-    assert start("evaluate.py", run, *words, "--output_dir", baseline).returncode == 0
-    done = start("evaluate.py", run, "--compare", baseline, *words, "--output_dir", tmp_path / "out")
-    assert done.returncode == 1
-    assert "evaluate" in done.stderr
-    assert "again first" in done.stderr
+    evaluated(run, *words, "--output_dir", baseline)
+    with pytest.raises(SystemExit, match=r"evaluate .*baseline again first"):
+        evaluated(run, "--compare", baseline, *words, "--output_dir", tmp_path / "out")
 
 
 def test_a_baseline_is_not_taken_from_another_revision(trained, policy, data, tmp_path, monkeypatch):
     """As of a model on the Hub, whose folder under outputs/ holds no weights to tell by."""
-    run, _ = trained
-    asked = ["--limit", "4", "--dataset_name", str(data), "--max_completion_length", "12"]
-    baseline = tmp_path / "baseline"
-    evaluate.main([str(policy), *asked, "--model_revision", "step-100", "--output_dir", str(baseline)])
-    monkeypatch.setattr(comparison, "home", lambda name: baseline)
+    asked = ["--limit", 4, "--dataset_name", data, "--max_completion_length", 12]
+    monkeypatch.chdir(tmp_path)
+    baseline = Path("outputs/me--model")
+    evaluated(policy, *asked, "--model_revision", "step-100", "--output_dir", baseline)
     with pytest.raises(SystemExit, match="model revision: 'step-100' there"):
-        evaluate.main([str(run), "--compare", "me/model", *asked, "--no-native"])
-    evaluate.main([str(run), "--compare", str(baseline), *asked, "--output_dir", str(tmp_path / "out")])
+        evaluated(trained[0], "--compare", "me/model", *asked, "--no-native")
+    evaluated(trained[0], "--compare", baseline, *asked, "--output_dir", "out")
 
 
 def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path):
     """U+2028 and U+0085 are line ends to Python, not to JSON."""
-    task = evaluation.Task(str(data), None, "test", 12, {}, limit=1)
+    task = evaluation.Task(str(tmp_path), dataset_name=str(data), max_completion_length=12, limit=1)
     (problem,) = task.problems()
     rows = [evaluation.score(0, problem, {"text": "a\u2028b\x85c\r", "tokens": 3, "truncated": False})]
     report = {
@@ -354,8 +354,8 @@ def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path)
         "chat_template_kwargs": {},
         "system_prompt": task.system_prompt,
     }
-    evaluation.save(tmp_path, task, report, rows)
-    assert comparison.load_evaluation(tmp_path, task, str(tmp_path)) == (report, rows)
+    evaluation.save(task, report, rows)
+    assert evaluate.load_evaluation(task.file, task) == (report, rows)
 
 
 # ---- an evaluation that ends early
@@ -366,12 +366,13 @@ def long(babbler, tmp_path_factory) -> list:
     """The words of an evaluation in 20 batches of some time each."""
     folder = tmp_path_factory.mktemp("many")
     write_jsonl(folder / "test.jsonl", [problem(a, 7) for a in range(40)])
-    return [babbler, "--dataset_name", folder, "--max_completion_length", 200, "--batch_size", 2]
+    return [babbler, "--dataset_name", folder, "--max_completion_length", 100, "--batch_size", 2]
 
 
 def answered(folder) -> int:
     """Answers that are on disk, in an evaluation that has not ended."""
-    return sum(path.read_bytes().count(b"\n") - 1 for path in folder.glob("evaluation.unfinished-*.jsonl"))
+    lines = [line for path in folder.glob("evaluation.unfinished-*.jsonl") for line in path.read_bytes().split(b"\n")]
+    return sum(line.endswith(b"}") for line in lines)
 
 
 def ended_by(number: signal.Signals, words: list, folder) -> tuple[int, str, str]:
@@ -385,21 +386,19 @@ def ended_by(number: signal.Signals, words: list, folder) -> tuple[int, str, str
     return process.returncode, out, errors
 
 
-def test_an_evaluation_ended_by_any_signal_is_gone_on_with_to_the_same_bytes(long, tmp_path, capsys):
+def test_an_evaluation_ended_by_any_signal_is_resumed_to_the_same_bytes(long, tmp_path, capsys):
     folder, undisturbed = tmp_path / "ended", tmp_path / "undisturbed"
     evaluate.main([*map(str, long), "--output_dir", str(undisturbed)])
     for number, status in ((signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGTERM, 143)):
         before = answered(folder)
         returned, out, errors = ended_by(number, long, folder)
         assert returned == status, errors
-        assert f"going on: {before} of 40 problems are answered" in out or not before
-        if number != signal.SIGKILL:
-            assert re.search(r"ended early: \d+ of 40 .* the same command goes on from there", errors)
+        assert f"resuming: {before} of 40 problems are answered" in out or not before
         (path,) = folder.glob("evaluation.unfinished-*.jsonl")
         with path.open("a") as file:
-            file.write('{"index": 39, "te')  # as a kill in the middle of a write leaves it
+            file.write('\n{"index": 39, "te')  # as a kill in the middle of a write leaves it
     evaluate.main([*map(str, long), "--output_dir", str(folder)])
-    assert "going on: " in capsys.readouterr().out
+    assert "resuming: " in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {"evaluation.json", "evaluation.jsonl"}
     for name in ("evaluation.json", "evaluation.jsonl"):
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
@@ -412,19 +411,17 @@ class Ended(Exception):
 @pytest.fixture
 def half_answered(babbler, data, tmp_path, monkeypatch, capsys) -> list[str]:
     """The words of an evaluation that ended after 2 of 10 answers."""
-    from support.unfinished import Unfinished
-
     shutil.copytree(babbler, tmp_path / "model")
     shutil.copytree(data, tmp_path / "data")
     words = [tmp_path / "model", "--dataset_name", tmp_path / "data", "--max_completion_length", 9, "--batch_size", 2]
     with monkeypatch.context() as patch, pytest.raises(Ended):
-        add = Unfinished.add
+        update = evaluation.Answers.update
 
-        def add_and_end(self, completions):
-            add(self, completions)
+        def update_and_end(self, batch):
+            update(self, batch)
             raise Ended
 
-        patch.setattr(Unfinished, "add", add_and_end)
+        patch.setattr(evaluation.Answers, "update", update_and_end)
         evaluate.main([str(word) for word in words])
     assert answered(tmp_path / "model") == 2
     capsys.readouterr()
@@ -462,7 +459,7 @@ def test_what_would_change_an_answer_starts_anew(half_answered, tmp_path, capsys
     if change:
         change(tmp_path / "model", tmp_path / "data")
     evaluate.main([*half_answered, *words])
-    assert "going on" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
     assert answered(tmp_path / "model") == 2, "they are kept"
     assert (tmp_path / "model" / "evaluation.json").is_file()
 
@@ -470,16 +467,17 @@ def test_what_would_change_an_answer_starts_anew(half_answered, tmp_path, capsys
 def test_a_look_at_a_few_problems_does_not_cost_the_answers_to_all(half_answered, tmp_path, capsys):
     evaluate.main([*half_answered, "--limit", "2"])
     evaluate.main(half_answered)
-    assert "going on: 2 of 10 problems are answered" in capsys.readouterr().out
+    assert "resuming: 2 of 10 problems are answered" in capsys.readouterr().out
     assert answered(tmp_path / "model") == 0, "nothing is left over"
     report = json.loads((tmp_path / "model" / "evaluation.json").read_text())
     assert report["n"] == 10
 
 
 def test_what_a_model_in_a_folder_of_others_is_measured_for_goes_under_outputs(policy, monkeypatch):
-    assert comparison.home(str(policy)) == policy
-    monkeypatch.setattr(comparison.os, "access", lambda folder, mode: False)
-    assert comparison.home(str(policy)) == Path("outputs") / str(policy).strip("/").replace("/", "--")
+    task = evaluation.Task(str(policy))
+    assert task.file == policy / "evaluation.json"
+    monkeypatch.setattr(evaluation.os, "access", lambda folder, mode: False)
+    assert task.file.parent == Path("outputs") / str(policy).strip("/").replace("/", "--")
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_before_the_first_answer(babbler, data, tmp_path):
@@ -505,7 +503,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_the_first_answer(babb
         (r"\boxed{50\%}", "50", "TeX's percent"),
         (r"\boxed{x = -4}", "-4", "an equation"),
         (r"\boxed {\{72\}}", "72", "escaped braces"),
-        (r"\boxed{5} and then \boxed{72", "5", "a box that was cut off is none"),
+        (r"\boxed{5} and then \boxed{72", "5", "a truncated box is none"),
         (r"It is 72, \boxed{72", "72", "no box, the last number"),
         (r"4 \boxed{} 5", None, "an empty box holds no number"),
         (r"}} 72 {", "72", "stray braces"),
@@ -523,8 +521,8 @@ def test_reading_a_box_takes_linear_time():
     assert time.perf_counter() - started < 5
 
 
-def test_a_native_prompt_has_no_system_message_of_ours(data):
-    task = evaluation.Task(str(data), None, "test", 12, {}, one_shot=True).natively()
+def test_a_native_prompt_has_no_system_message_of_ours():
+    task = evaluation.Task("x", one_shot=True).natively()
     (message,) = task.prompt("How many?")
     assert message["role"] == "user"
     assert message["content"].startswith("How many?\n")
@@ -532,25 +530,26 @@ def test_a_native_prompt_has_no_system_message_of_ours(data):
     assert "<answer>" not in message["content"]
 
 
-def test_native_alone_lies_beside_the_recipes_evaluation(trained, tmp_path):
-    run, _ = trained
-    done = start("evaluate.py", run, "--native", "--limit", 3, "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_native_alone_lies_beside_the_recipes_evaluation(trained, tmp_path, capsys):
+    evaluated(trained[0], "--native", "--limit", 3, "--output_dir", tmp_path)
     report = json.loads((tmp_path / "evaluation-native.json").read_text())
     assert (report["n"], report["native_instruction"]) == (3, evaluation.NATIVE_INSTRUCTION)
     assert not (tmp_path / "evaluation.json").exists()
-    assert re.search(r"strict accuracy +-\n", done.stdout), "what was not asked for is not measured"
+    assert re.search(r"strict accuracy +-\n", capsys.readouterr().out), "what was not asked for is not measured"
 
 
-def test_a_model_without_a_native_prompt_says_so(policy, tmp_path, capsys):
-    shutil.copytree(policy, tmp_path / "taught-0")
-    (tmp_path / "taught-0" / "teaching.json").write_text("{}")
-    with pytest.raises(SystemExit, match="the demo's tiny policy"):
-        evaluate.main([str(tmp_path / "taught-0"), "--native"])
-    (tmp_path / "empty").mkdir()
-    assert "holds an evaluation, but no model" in comparison.native_obstacle(str(tmp_path / "empty"))
-    assert comparison.native_obstacle(str(policy)) is None
-    assert comparison.native_obstacle("Qwen/Qwen2.5-1.5B-Instruct") is None
+def test_a_folder_without_a_model_has_no_native_column(trained, policy, data, tmp_path, capsys):
+    asked = ["--limit", 2, "--dataset_name", data, "--max_completion_length", 12]
+    evaluated(policy, *asked, "--output_dir", tmp_path / "empty")
+    compared = [trained[0], "--compare", tmp_path / "empty", *asked, "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=r"--native: .*holds an evaluation, but no model"):
+        evaluated(*compared, "--native")
+    evaluated(*compared)
+    out = capsys.readouterr().out
+    assert "the native column is left out: " in out
+    assert "baseline native" not in out
+    assert evaluate.native_obstacle(str(policy)) is None
+    assert evaluate.native_obstacle("Qwen/Qwen2.5-1.5B-Instruct") is None
 
 
 TEMPLATES = {
@@ -586,4 +585,4 @@ def test_a_folder_without_weights_names_the_checkpoint_to_evaluate(trained, tmp_
             (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(BadInput, match="checkpoint-4"):
-        generation.load_policy(str(tmp_path))
+        evaluation.check_weights(str(tmp_path))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from conftest import distance, flags, identical, start, until, weights
+from conftest import cold_flags, distance, flags, identical, start, until, weights
 from test_processes import finished, launch, log
 
 import evaluate
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 CONFIG = Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml"
 FSDP2 = ["--config_file", CONFIG, "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
 SHARDED = [*FSDP2, "--fsdp_state_dict_type", "SHARDED_STATE_DICT"]
-REHEARSED = {"script": "tests/fsdp_on_cpu.py", "how": FSDP2}
+REHEARSED = {"script": "tests/system/fsdp_on_cpu.py train_grpo.py", "how": FSDP2}
 SEVERAL_PASSES = {"per_device_train_batch_size": "16", "tokens_per_pass": "150", "seed": "3"}
 LONG = {"max_steps": "400", "save_steps": "2", "eval_steps": "0", "sample_every": "0"}
 
@@ -93,27 +93,33 @@ def test_the_lean_step_of_a_sharded_policy_has_the_gradient_of_a_whole_one(recom
     assert log(tmp_path / "sharded")[0]["passes"] > 1
 
 
-def test_a_sharded_cold_start_goes_on_to_grpo_and_saves_right_after_measuring(policy, data, tmp_path):
-    """A forward pass without a backward pass, which evaluating is, leaves FSDP2's last layers whole."""
-    run = tmp_path / "run"
-    cold = {"cold_start_examples": "8", "cold_start_batch_size": "4", "cold_start_epochs": "1"}
-    epoch = {"max_steps": "-1", "save_strategy": "epoch", "eval_steps": "3", "per_device_train_batch_size": "32"}
-    how = {**REHEARSED, "how": SHARDED}
-    words = flags(policy, data, run, **cold, **epoch, max_completion_length="40")
-    status, out = finished(*words, **how)
+def test_a_sharded_cold_start_leaves_the_policy_of_a_whole_one(policy, data, tmp_path):
+    words = {"examples": "8", "per_device_train_batch_size": "4", "num_train_epochs": "1"}
+    sharded, one = tmp_path / "sharded", tmp_path / "one"
+    how = {"script": "tests/system/fsdp_on_cpu.py cold_start.py", "how": SHARDED}
+    status, out = finished(*cold_flags(policy, data, sharded, **words), **how)
     assert status == 0, out[-4000:]
-    assert (run / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir(), "GRPO saves as the command says"
-    assert json.loads((run / "cold-start" / "done.json").read_text())["log"][-1]["step"] == 2
+    assert log(sharded)[-1]["step"] == 2
+    done = start("cold_start.py", *cold_flags(policy, data, one, **words))
+    assert done.returncode == 0, done.stderr[-4000:]
+    before, sharded, one = map(weights, (policy, sharded, one))
+    assert distance(sharded, one) <= 1e-4 * distance(before, one), "two steps of AdamW, but for rounding"
+
+
+def test_a_sharded_run_saves_right_after_measuring(policy, data, tmp_path):
+    """A forward pass without a backward pass, which evaluating is, leaves FSDP2's last layers whole."""
+    run, few = tmp_path / "run", shutil.copytree(data, tmp_path / "data")
+    rows = (few / "train.jsonl").read_text().splitlines()[:24]
+    (few / "train.jsonl").write_text("\n".join(rows) + "\n")
+    epoch = {"max_steps": "-1", "save_strategy": "epoch", "eval_steps": "3", "per_device_train_batch_size": "32"}
+    status, out = finished(
+        *flags(policy, few, run, **epoch, max_completion_length="40"), **{**REHEARSED, "how": SHARDED}
+    )
+    assert status == 0, out[-4000:]
+    assert (run / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir()
     assert "held out at step 3/3" in out
     assert flaw(run / "checkpoint-3") is None
     assert (run / "model.safetensors").is_file()
-
-    # one process, which shows the same examples; of GRPO's completions two processes sample others than one
-    words = flags(policy, data, tmp_path / "one", **cold, max_steps="1", max_completion_length="40", eval_steps="0")
-    done = start("train_grpo.py", *words)
-    assert done.returncode == 0, done.stderr[-4000:]
-    before, sharded, one = (weights(path) for path in (policy, run / "cold-start", tmp_path / "one" / "cold-start"))
-    assert distance(sharded, one) <= 1e-4 * distance(before, one), "two steps of AdamW, but for rounding"
 
 
 def test_an_adapter_is_trained_on_a_sharded_policy(policy, data, tmp_path, capsys):
@@ -135,7 +141,7 @@ def test_sigterm_saves_a_sharded_policy(policy, data, tmp_path):
     out += process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert "SIGTERM: saved" in out, out[-4000:]
-    assert "Go on with\n  accelerate launch --config_file YOURS --num_processes 2" in out
+    assert "Resume with\n  accelerate launch --config_file YOURS --num_processes 2" in out
     assert flaw(newest_whole(run)[0]) is None
     assert json.loads((run / "run.json").read_text())["outcome"].startswith("stopped")
 

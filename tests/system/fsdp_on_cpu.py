@@ -1,4 +1,6 @@
-"""train_grpo.py with FSDP2 on a CPU: `accelerate launch --config_file fsdp2.yaml tests/fsdp_on_cpu.py FLAGS`.
+"""A command with FSDP2 on a CPU:
+
+    accelerate launch --config_file fsdp2.yaml tests/system/fsdp_on_cpu.py train_grpo.py FLAGS
 
 accelerate reads its FSDP flags on accelerators alone, and so the recipe refuses them on a CPU. Here both look away; the
 sharding itself is torch's own, over gloo.
@@ -7,7 +9,7 @@ sharding itself is torch's own, over gloo.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from support import processes
 
@@ -17,6 +19,7 @@ if __name__ == "__main__":
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
+import cold_start
 import train_grpo
 from support import preflight
 
@@ -34,4 +37,4 @@ AcceleratorState.__init__ = begin_sharded
 preflight._hardware = lambda flags: [line for line in hardware(flags) if "shards on GPUs alone" not in line]
 
 if __name__ == "__main__":
-    train_grpo.main()
+    {"train_grpo.py": train_grpo, "cold_start.py": cold_start}[sys.argv.pop(1)].main()

@@ -16,6 +16,7 @@ import train_grpo
 from support.lean_step import into_passes
 from support.problems import load_tokenizer
 from support.progress import plan
+from support.record import Run
 
 # lengths of the 16 completions of a step, which is 2 prompts x 8, in passes of some 3 rows
 MIXED = [5, 1, 12, 3, 7, 7, 2, 9, 4, 11, 6, 1, 8, 10, 3, 5]
@@ -33,8 +34,8 @@ STEP = {
     "sample_every": "0",
 }
 TWO_LIVE_GROUPS = [float(i % 3) for i in range(16)]
-ONE_SILENT_GROUP = [1.0] * 8 + [float(i % 2) for i in range(8)]
-ALL_SILENT = [1.0] * 16
+ONE_GROUP_TEACHES = [1.0] * 8 + [float(i % 2) for i in range(8)]
+NOTHING_TEACHES = [1.0] * 16
 
 
 def train(policy, data, output, lean: bool, lengths=MIXED, paid=TWO_LIVE_GROUPS, before=None, **changes):
@@ -75,7 +76,7 @@ def train(policy, data, output, lean: bool, lengths=MIXED, paid=TWO_LIVE_GROUPS,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rewards, "REWARD_FUNCS", [reward])
-        trainer = train_grpo.build_trainer(run, tokenizer, samples, [], run.model_name_or_path)
+        trainer = train_grpo.build_trainer(run, tokenizer, samples, [], Run(run))
     trainer._generate_single_turn = generate
     for model in filter(None, (trainer.model, trainer.ref_model)):
         in_float64(model)
@@ -128,57 +129,57 @@ IN_FOURS = {  # where a step cannot be split, TRL's own way to several passes
 }
 CASES = {
     "groups that all teach": {},
-    "one silent group": {"paid": ONE_SILENT_GROUP},
-    "one pass": {"tokens_per_pass": "100000", "paid": ONE_SILENT_GROUP},
+    "one zero-advantage group": {"paid": ONE_GROUP_TEACHES},
+    "one pass": {"tokens_per_pass": "100000", "paid": ONE_GROUP_TEACHES},
     "rows that are longer than a pass": {"tokens_per_pass": "1"},
     "two backward passes of TRL's a step": {
         "per_device_train_batch_size": "8",
         "gradient_accumulation_steps": "2",
-        "paid": ONE_SILENT_GROUP,
+        "paid": ONE_GROUP_TEACHES,
     },
     "lengths far apart": {"lengths": [1] * 8 + [60, 2, 3, 40, 5, 6, 50, 8], "max_completion_length": "60"},
     "every completion of one token": {"lengths": [1] * 16},
-    "one long completion, silent": {
+    "one long completion of advantage 0": {
         "lengths": [60] + [15] * 15,
-        "paid": ONE_SILENT_GROUP,
+        "paid": ONE_GROUP_TEACHES,
         "max_completion_length": "60",
     },
-    "LoRA": {"use_peft": "true", "lora_r": "4", "paid": ONE_SILENT_GROUP},
+    "LoRA": {"use_peft": "true", "lora_r": "4", "paid": ONE_GROUP_TEACHES},
     "two generations a step": {
         "per_device_train_batch_size": "8",
         "gradient_accumulation_steps": "2",
         "steps_per_generation": "1",
         "tokens_per_pass": "200",
     },
-    "KL to a reference model": {"beta": "0.1", "paid": ONE_SILENT_GROUP},
-    "an entropy bonus": {**IN_FOURS, "entropy_coef": "0.1", "paid": ONE_SILENT_GROUP},
-    "the most uncertain tokens alone": {**IN_FOURS, "top_entropy_quantile": "0.3", "paid": ONE_SILENT_GROUP},
-    "a mean over completions": {"loss_type": "grpo", "paid": ONE_SILENT_GROUP},
-    "a mean over a pass' tokens": {"loss_type": "bnpo", "paid": ONE_SILENT_GROUP},
-    "a constant length": {"loss_type": "dr_grpo", "paid": ONE_SILENT_GROUP},
-    "a sum of clipped ratios": {"loss_type": "cispo", "epsilon_high": "5", "paid": ONE_SILENT_GROUP},
-    "a soft gate in place of the clip": {"loss_type": "sapo", "paid": ONE_SILENT_GROUP},
-    "a sum of each completion's tokens": {"loss_type": "luspo", "paid": ONE_SILENT_GROUP},
-    "a weight of each completion": {"loss_type": "vespo", "paid": ONE_SILENT_GROUP},
-    "without truncated completions": {"mask_truncated_completions": "true", "paid": ONE_SILENT_GROUP},
+    "KL to a reference model": {"beta": "0.1", "paid": ONE_GROUP_TEACHES},
+    "an entropy bonus": {**IN_FOURS, "entropy_coef": "0.1", "paid": ONE_GROUP_TEACHES},
+    "the most uncertain tokens alone": {**IN_FOURS, "top_entropy_quantile": "0.3", "paid": ONE_GROUP_TEACHES},
+    "a mean over completions": {"loss_type": "grpo", "paid": ONE_GROUP_TEACHES},
+    "a mean over a pass' tokens": {"loss_type": "bnpo", "paid": ONE_GROUP_TEACHES},
+    "a constant length": {"loss_type": "dr_grpo", "paid": ONE_GROUP_TEACHES},
+    "a sum of clipped ratios": {"loss_type": "cispo", "epsilon_high": "5", "paid": ONE_GROUP_TEACHES},
+    "a soft gate in place of the clip": {"loss_type": "sapo", "paid": ONE_GROUP_TEACHES},
+    "a sum of each completion's tokens": {"loss_type": "luspo", "paid": ONE_GROUP_TEACHES},
+    "a weight of each completion": {"loss_type": "vespo", "paid": ONE_GROUP_TEACHES},
+    "without truncated completions": {"mask_truncated_completions": "true", "paid": ONE_GROUP_TEACHES},
     "a mean over the tokens of those": {"mask_truncated_completions": "true", "loss_type": "bnpo"},
-    "a ratio of whole completions": {"importance_sampling_level": "sequence", "paid": ONE_SILENT_GROUP},
-    "a mask of what is off-policy": {"off_policy_mask_threshold": "0.5", "paid": ONE_SILENT_GROUP},
-    "KL and a mean over completions": {"loss_type": "grpo", "beta": "0.1", "paid": ONE_SILENT_GROUP},
+    "a ratio of whole completions": {"importance_sampling_level": "sequence", "paid": ONE_GROUP_TEACHES},
+    "a mask of what is off-policy": {"off_policy_mask_threshold": "0.5", "paid": ONE_GROUP_TEACHES},
+    "KL and a mean over completions": {"loss_type": "grpo", "beta": "0.1", "paid": ONE_GROUP_TEACHES},
     "several steps a generation": {
         "learning_rate": "1e-12",  # AdamW makes a step of what rounds differently, and the next gradient another
         "steps_per_generation": "2",
         "max_steps": "2",
-        "paid": TWO_LIVE_GROUPS + ALL_SILENT,
+        "paid": TWO_LIVE_GROUPS + NOTHING_TEACHES,
         "lengths": MIXED + MIXED[::-1],
     },
     "a generation used twice": {
         "learning_rate": "1e-12",
         "num_iterations": "2",
         "max_steps": "2",
-        "paid": ONE_SILENT_GROUP,
+        "paid": ONE_GROUP_TEACHES,
     },
-    "widths in multiples": {"pad_to_multiple_of": "8", "paid": ONE_SILENT_GROUP},
+    "widths in multiples": {"pad_to_multiple_of": "8", "paid": ONE_GROUP_TEACHES},
 }
 
 
@@ -201,8 +202,8 @@ def test_the_gradient_is_trls(case, policy, data, tmp_path):
     [
         ({"tokens_per_pass": "100000"}, 1, "all fit"),
         ({"tokens_per_pass": "1"}, 14, "a row is never split; two are paid just the mean of their group"),
-        ({"tokens_per_pass": "1", "paid": ONE_SILENT_GROUP}, 8, "those without an advantage are left out"),
-        ({"tokens_per_pass": "100000", "paid": ALL_SILENT}, 1, "the optimizer makes its step"),
+        ({"tokens_per_pass": "1", "paid": ONE_GROUP_TEACHES}, 8, "those without an advantage are left out"),
+        ({"tokens_per_pass": "100000", "paid": NOTHING_TEACHES}, 1, "the optimizer makes its step"),
         (IN_FOURS, 4, "where more backward passes are asked for, each is one"),
         ({"entropy_coef": "0.1", "tokens_per_pass": None}, 1, "an entropy bonus cannot be split"),
     ],
@@ -246,7 +247,7 @@ def test_rows_are_split_into_passes(of_processes, limit, passes, reason):
 
 def test_a_step_in_which_no_group_teaches_moves_the_weights_as_before(policy, data, tmp_path):
     """The gradient is zero, not missing: AdamW's moments fade and weight decay goes on."""
-    more = {"paid": ALL_SILENT, "weight_decay": "0.5", "learning_rate": "1e-2", "warmup_steps": "0"}
+    more = {"paid": NOTHING_TEACHES, "weight_decay": "0.5", "learning_rate": "1e-2", "warmup_steps": "0"}
     ours, mine, theirs, other = both(policy, data, tmp_path, **more)
     assert mine[0].keys() == other[0].keys()
     assert all((grad == 0).all() for grad in mine[0].values())
@@ -327,7 +328,7 @@ def test_the_plan_says_what_is_left_out(changes, words, policy, data, tmp_path):
     run = settings(*flags(policy, data, tmp_path / "run", **{**STEP, **changes}))
     tokenizer = load_tokenizer(str(policy))
     samples, _ = train_grpo.load_samples(run, tokenizer)
-    trainer = train_grpo.build_trainer(run, tokenizer, samples, [], run.model_name_or_path)
+    trainer = train_grpo.build_trainer(run, tokenizer, samples, [], Run(run))
     assert trainer.update_in_words() == words
     (line,) = [line for line in plan(trainer, run, 1, 0).splitlines() if line.startswith("  update ")]
     assert line.endswith(words)
@@ -381,7 +382,7 @@ def test_a_step_makes_a_third_of_the_calls_of_trls_four_passes(data, tmp_path):
 
 def test_what_is_logged_is_that_of_all_completions(policy, data, tmp_path):
     """Rewards, lengths and the share without signal do not know what was left out."""
-    ours, _, theirs, _ = both(policy, data, tmp_path, paid=ONE_SILENT_GROUP)
+    ours, _, theirs, _ = both(policy, data, tmp_path, paid=ONE_GROUP_TEACHES)
     mine, other = ours.state.log_history[0], theirs.state.log_history[0]
     for key in ("reward", "reward_std", "frac_reward_zero_std"):
         assert mine[key] == other[key], key

@@ -5,8 +5,8 @@ import shutil
 
 import matplotlib.image
 import pytest
-from conftest import start
 
+from benchmarks.curves import main, overlay
 from support import curves
 from support.errors import BadInput
 
@@ -21,23 +21,21 @@ def test_a_run_leaves_a_picture_of_all_that_it_measured(trained):
     assert drawn(run / "curves.png")
     log = curves.read_log(run)
     keys = {key for row in log for key in row}
-    missing = [key for _, series in curves.PANELS for key, _ in series if key not in keys]
+    missing = [key for series in curves.PANELS.values() for key in series if key not in keys]
     assert missing == ["kl"], "every panel shows what this recipe logs; KL only with BETA above 0"
 
 
 def test_by_hand_one_run_or_several_laid_over_each_other(trained, tmp_path):
     run, _ = trained
-    shutil.copytree(run / "checkpoint-2", tmp_path / "cut short" / "checkpoint-2")
-    done = start("-m support.curves", tmp_path / "cut short")
-    assert done.returncode == 0, done.stderr
-    assert drawn(tmp_path / "cut short" / "curves.png"), "from the newest checkpoint's log"
-    done = start("-m support.curves", tmp_path / "cut short", run)
-    assert done.returncode == 0, done.stderr
-    assert drawn(tmp_path / "cut short" / "curves-compared.png")
+    shutil.copytree(run / "checkpoint-2", tmp_path / "unfinished" / "checkpoint-2")
+    main([str(tmp_path / "unfinished")])
+    assert drawn(tmp_path / "unfinished" / "curves.png"), "from the newest checkpoint's log"
+    main([str(tmp_path / "unfinished"), str(run)])
+    assert drawn(tmp_path / "unfinished" / "curves-compared.png")
 
 
-def panels(logs: dict) -> dict:
-    return {axes.get_title().partition(":")[0]: axes for axes in curves.figure(logs).axes}
+def panels(log: list[dict]) -> dict:
+    return {axes.get_title().partition(":")[0]: axes for axes in curves.figure("outputs/one", log).axes}
 
 
 def labels(axes) -> list[str]:
@@ -51,30 +49,37 @@ LOG = [
         "frac_reward_zero_std": 0.5,
         "completions/mean_length": 20,
         "completions/clipped_ratio": 0.1,
-        **{f"rewards/{name}_reward_func/mean": most * step / 4 for name, most in curves.MOST.items()},
+        **{key: curves.MOST[label] * step / 4 for key, label in curves.REWARDS.items()},
     }
     for step in range(1, 5)
 ]
 
 
 def test_the_titles_say_what_people_look_for_and_rewards_share_one_scale():
-    shown = panels({"outputs/one": LOG})
+    shown = panels(LOG)
     assert {"format first, then correctness", "length", "signal"} <= shown.keys()
-    assert labels(shown["signal"]) == ["no signal", "completions cut off"]
+    assert labels(shown["signal"]) == ["no signal", "completions truncated"]
     axes = shown["format first, then correctness"]
     assert labels(axes) == ["correctness", "int", "strict format", "soft format", "xmlcount"]
     assert {line.get_ydata()[-1] for line in axes.lines} == {1.0}, "each as a share of what it pays"
 
 
+def test_the_name_of_a_run_is_no_formula():
+    picture = curves.figure("outputs/$two$\x1b", LOG)
+    (title,) = [text for text in picture.texts if "two" in text.get_text()]
+    assert title.get_text() == r"outputs/$two$\x1b"
+    assert not title.get_parse_math()
+
+
 def test_a_reward_that_pays_more_stays_in_the_picture():
-    picture = curves.figure({"mine": [{"step": step, "reward": 2.0 * step} for step in range(1, 5)]})
+    picture = curves.figure("mine", [{"step": step, "reward": 2.0 * step} for step in range(1, 5)])
     low, high = picture.axes[0].get_ylim()
     assert low <= 0
     assert high >= 8
 
 
 def test_of_several_runs_a_colour_is_a_run_and_dashes_are_a_curve():
-    picture = curves.figure({"outputs/one": LOG, "outputs/$two$": LOG})
+    picture = overlay({"outputs/one": LOG, "outputs/$two$": LOG})
     (legend,) = picture.legends
     assert [text.get_text() for text in legend.get_texts()] == ["outputs/one", r"outputs/\$two\$"]
     axes = picture.axes[1]
@@ -93,20 +98,25 @@ def test_a_damaged_log_is_one_message(tmp_path, text):
 
 
 def test_a_folder_that_is_no_run_is_one_message(tmp_path):
-    done = start("-m support.curves", tmp_path)
-    assert done.returncode == 1
-    assert "is it a run's folder?" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit, match=r"is it a run's folder\?"):
+        main([str(tmp_path)])
+
+
+def smooth(values: list[float]) -> list[float]:
+    """The bold line of a panel."""
+    log = [{"step": step, "grad_norm": value} for step, value in enumerate(values)]
+    (line,) = [line for line in panels(log)["gradient norm before clipping"].lines if line.get_linewidth() == 2]
+    return line.get_ydata().tolist()
 
 
 def test_smoothing_is_a_running_mean_and_leaves_a_short_run_alone():
-    assert curves.smooth([1.0, 2.0, 6.0]) == [1.0, 2.0, 6.0]
+    assert smooth([1.0, 2.0, 6.0]) == [1.0, 2.0, 6.0]
     ramp = [float(i) for i in range(60)]  # a window of 3
-    assert curves.smooth(ramp)[:4] == [0.0, 0.5, 1.0, 2.0]
-    assert len(curves.smooth(ramp)) == 60
+    assert smooth(ramp)[:4] == [0.0, 0.5, 1.0, 2.0]
+    assert len(smooth(ramp)) == 60
 
 
 def test_an_empty_log_draws_empty_panels(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": []}))
-    curves.main([str(tmp_path)])
+    main([str(tmp_path)])
     assert drawn(tmp_path / "curves.png")

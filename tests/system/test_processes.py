@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import flags, identical, start, until, weights
+from conftest import ROOT, cold_flags, flags, identical, start, until, weights
 
 import train_grpo
 from rewards import REWARD_FUNCS
@@ -23,10 +23,10 @@ LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0"]
 
 
 def launch(*words, script: str = "train_grpo.py", how: list = LAUNCH) -> subprocess.Popen:
-    """Start the recipe in two processes, which end with the launcher; stdout and stderr as one text."""
+    """Start a command in two processes, which end with the launcher; stdout and stderr as one text."""
     return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *map(str, [*how, script, *words])],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-m", "accelerate.commands.launch", *map(str, [*how, *script.split(), *words])],
+        cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -58,7 +58,7 @@ def two(tmp_path_factory, policy, data) -> tuple[Path, str]:
 
 def test_two_processes_train_on_the_same_prompts_with_as_many_completions_a_step(two, trained):
     run, out = two
-    assert "2 prompts x 4 completions = 8 completions in micro-batches of 4, gradient checkpointing off" in out
+    assert "2 prompts x 4 completions = 8 completions in batches of 4, gradient checkpointing off" in out
     ours, alone = steps(run), steps(trained[0])
     assert len(ours) == len(alone) == 4
     for mine, other in zip(ours, alone, strict=True):
@@ -166,8 +166,8 @@ def test_a_finished_run_ends_before_python_takes_itself_apart(two, policy, data,
         "sys.late = Late()\n"
         "runpy.run_path('train_grpo.py', run_name='__main__')\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    status, out = finished(*flags(policy, data, run, resume_from_checkpoint="auto"), script=script)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    status, out = finished(*flags(policy, data, run, resume_from_checkpoint="auto"), script=str(script))
     assert status == 0, out[-4000:]
 
 
@@ -176,23 +176,21 @@ def test_one_process_goes_on_with_what_two_have_saved_and_says_what_differs(two,
     shutil.copytree(two[0], run, ignore=shutil.ignore_patterns("checkpoint-4"))
     done = start("train_grpo.py", *flags(policy, data, run, resume_from_checkpoint="auto"))
     assert done.returncode == 0, done.stderr[-4000:]
-    saved_by = "was saved by 2 process(es) of 4 completions, 4096 tokens a pass"
-    assert f"{saved_by}, and resumes with 1 process(es) of 8 completions, 4096 tokens a pass" in done.stdout
-    assert "random states are new" in done.stdout
+    assert "processes: 2 -> 1, so that sums round otherwise, and random states are new" in done.stdout
+    assert "per_device_train_batch_size: 4 -> 8, so that sums round otherwise" in done.stdout
     for ours, other in zip(steps(run)[2:], steps(two[0])[2:], strict=True):
         assert ours["prompt"].map(str).tolist() == other["prompt"].map(str).tolist(), "where the data stood"
 
 
 def test_a_cold_start_is_shared_as_well(policy, data, tmp_path):
     run = tmp_path / "run"
-    cold = {"cold_start_examples": "8", "cold_start_batch_size": "4", "cold_start_epochs": "1", "max_steps": "1"}
-    status, out = finished(*flags(policy, data, run, **cold, max_completion_length="40", eval_steps="0"))
+    words = {"examples": "8", "per_device_train_batch_size": "4", "num_train_epochs": "1", "logging_steps": "1"}
+    status, out = finished(*cold_flags(policy, data, run, **words), script="cold_start.py")
     assert status == 0, out[-4000:]
-    assert len((run / "cold-start" / "examples.jsonl").read_text().splitlines()) == 8
-    steps = json.loads((run / "cold-start" / "done.json").read_text())["log"][-1]["step"]
-    assert steps == 2, "8 examples, 4 a step, whatever the number of processes"
-    assert out.count("the other 24 are left for GRPO") == 1
-    assert "step 1/1" in out
+    assert len((run / "examples.jsonl").read_text().splitlines()) == 8
+    assert log(run)[-1]["step"] == 2, "8 examples, 4 a step, whatever the number of processes"
+    assert out.count("8 examples, source") == 1
+    assert out.count("step 2/2") == 1
 
 
 LONG = {"max_steps": "400", "save_steps": "4", "eval_steps": "0", "sample_every": "0"}
@@ -205,11 +203,11 @@ def test_sigterm_to_the_launcher_saves_and_ends_every_process(policy, data, tmp_
     process.send_signal(signal.SIGTERM)
     out += process.communicate(timeout=60)[0]
     assert process.returncode != 0
-    saved = re.search(r"SIGTERM: saved (\S+)\. Go on with\n  accelerate launch --multi_gpu --num_processes 2", out)
+    saved = re.search(r"SIGTERM: saved (\S+)\. Resume with\n  accelerate launch --multi_gpu --num_processes 2", out)
     assert saved, out[-4000:]
     assert flaw(Path(saved[1])) is None
     assert len(list(Path(saved[1]).glob("rng_state_*.pth"))) == 2
-    assert out.count("Go on with") == 1
+    assert out.count("Resume with") == 1
     assert json.loads((run / "run.json").read_text())["outcome"].startswith("stopped")
 
 
@@ -243,14 +241,12 @@ def test_a_mistake_is_told_once_and_ends_every_process(policy, data, tmp_path):
 @pytest.mark.parametrize(
     ("processes", "words", "message"),
     [
-        (3, [], "PER_DEVICE_TRAIN_BATCH_SIZE 64 .* among 3 processes: --per_device_train_batch_size 96 do"),
+        (3, [], "PER_DEVICE_TRAIN_BATCH_SIZE is 64, .* among 3 processes: --per_device_train_batch_size 96 does"),
         (
             2,
             ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "64"],
-            "among 2 processes: --per_device_train_batch_size 64 --gradient_accumulation_steps 1 do",
+            "among 2 processes: --per_device_train_batch_size 64 --gradient_accumulation_steps 1 does",
         ),
-        (2, ["--demo"], "--demo is for one process"),
-        (2, ["--cold_start_examples", "4", "--cold_start_batch_size", "3"], "COLD_START_BATCH_SIZE is 3"),
     ],
 )
 def test_a_step_that_does_not_divide_among_the_processes_is_a_mistake(
@@ -277,7 +273,6 @@ def test_sharding_that_accelerate_would_ignore_is_a_mistake(monkeypatch, capsys,
             ["--per_device_train_batch_size", "12", "--num_generations", "12"],
             r" --per_device_train_batch_size 24` uses",
         ),
-        (["--demo", "--use_cpu", "false"], r"the demo is for one: `CUDA_VISIBLE_DEVICES=0 python \S+ .* --demo"),
         (["--per_device_train_batch_size", "0"], r"PER_DEVICE_TRAIN_BATCH_SIZE is 0"),
     ],
 )

@@ -3,11 +3,13 @@
 import json
 import math
 import random
+import re
 import shlex
 import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ import train_grpo
 from support import memory
 from support.checkpoints import checkpoints, newest_whole
 from support.errors import RunStopped
-from support.faults import faults_explained, locked, out_of_memory, protected
+from support.faults import explained, locked
 
 # a step of one thread, and one with sums that are large enough for two threads to share them
 THREADS = {1: LONG, 2: {**LONG, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}}
@@ -90,7 +92,7 @@ def test_one_command_for_ever_starts_restarts_and_ends_a_run(undisturbed, policy
         said.append(seen + out)
         assert len(said) < 8
     assert "no run is there yet" in said[0]
-    assert "no checkpoint of GRPO yet, the run begins anew" in said[2]
+    assert "no checkpoint yet, the run begins anew" in said[2]
     assert same_run(undisturbed, tmp_path / "run")
     assert json.loads(record.read_text())["outcome"] == "finished"
 
@@ -183,9 +185,10 @@ def pay(value: float, step: int):
 
 
 def spoil(what: str, step: int):
-    """`protected`, for a trainer whose gradient or loss goes wrong in that step."""
+    """`build_trainer`, of a trainer whose gradient or loss goes wrong in that step."""
 
-    def spoiled(trainer, run):
+    def spoiled(*args, build=train_grpo.build_trainer):
+        trainer = build(*args)
         if what == "gradient":
             weight = next(trainer.model.parameters())
             weight.register_hook(lambda grad: grad * (math.nan if trainer.state.global_step == step - 1 else 1))
@@ -194,7 +197,7 @@ def spoil(what: str, step: int):
             trainer.compute_loss = lambda *args, **kwargs: (
                 honest(*args, **kwargs) + (math.inf if trainer.state.global_step == step - 1 else 0)
             )
-        return protected(trainer, run)
+        return trainer
 
     return spoiled
 
@@ -208,11 +211,11 @@ def spoil(what: str, step: int):
         ("loss", "step 6: the loss is inf"),
     ],
 )
-def test_a_number_that_is_none_ends_the_run_before_the_weights_change(
+def test_nan_or_infinity_ends_the_run_before_the_weights_change(
     value, message, policy, data, tmp_path, monkeypatch, capsys
 ):
     if isinstance(value, str):
-        monkeypatch.setattr(train_grpo, "protected", spoil(value, step=6))
+        monkeypatch.setattr(train_grpo, "build_trainer", spoil(value, step=6))
     else:
         monkeypatch.setattr(rewards, "REWARD_FUNCS", [*rewards.REWARD_FUNCS, pay(value, step=6)])
     run = tmp_path / "run"
@@ -232,20 +235,20 @@ def test_a_policy_that_blows_up_is_explained(policy, data, tmp_path, capsys):
         assert all(torch.isfinite(tensor).all() for tensor in weights(path).values())
 
 
-def test_a_policy_with_a_weight_that_is_no_number_is_refused(policy, data, tmp_path, capsys):
+def test_a_policy_with_a_weight_that_is_nan_is_refused(policy, data, tmp_path, capsys):
     shutil.copytree(policy, tmp_path / "model")
     tensors = weights(policy)
     tensors["model.norm.weight"][3] = math.nan
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     error = refused(capsys, 1, flags(tmp_path / "model", data, tmp_path / "run", **LONG))
-    assert "the policy to start from holds weights that are infinite or not a number" in error
+    assert "the policy to start from holds weights that are infinite or NaN" in error
 
 
-def test_out_of_memory_names_what_to_lower_in_order_of_effect():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "settle", lambda settings: None)  # the default model is not here
-        config = settings("--gradient_checkpointing", "false", "--beta", "0.1", "--tokens_per_pass", "8192")
-    text = out_of_memory(memory.remedies(config), peak=39_500_000_000, total=42_300_000_000)
+def test_out_of_memory_names_what_to_lower_in_order_of_effect(monkeypatch):
+    config = settings("--gradient_checkpointing", "false", "--beta", "0.1", "--tokens_per_pass", "8192")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 39_500_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=42_300_000_000))
+    text = explained(torch.OutOfMemoryError(), config, memory.remedies)
     assert "39.5 GB of 42.3 GB" in text
     order = [
         "GRADIENT_CHECKPOINTING = True",
@@ -263,8 +266,9 @@ def test_out_of_memory_names_what_to_lower_in_order_of_effect():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_out_of_memory_on_cuda_is_one_message(policy, data, tmp_path):
     config = settings(*flags(policy, data, tmp_path / "run"))
-    with pytest.raises(RunStopped, match=r"CUDA is out of memory: .* in use at the peak"), faults_explained(config):
+    with pytest.raises(torch.OutOfMemoryError) as error:
         torch.empty(10**15, device="cuda")
+    assert re.match("CUDA is out of memory: .* in use at the peak", explained(error.value, config, memory.remedies))
 
 
 class Payload:

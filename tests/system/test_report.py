@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import flags, start
-from huggingface_hub import ModelCard
+from conftest import flags, refused
+from huggingface_hub import ModelCard, constants
+from transformers.utils.hub import hf_api
 
 import evaluate
+import train_grpo
 from support.evaluation import NATIVE_INSTRUCTION
 from support.report import write_report
 
@@ -181,52 +184,58 @@ class Hub(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
-PUSH = {"push_to_hub": "true", "max_steps": "2", "eval_steps": "0", "save_strategy": "steps", "hub_strategy": "end"}
-
-
-def test_what_is_pushed_is_the_report_and_a_failing_hub_costs_only_the_push(policy, data, tmp_path):
+@pytest.fixture
+def hub(monkeypatch):
     hub = Hub()
-    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_" + "x" * 34}
-    done = start("train_grpo.py", *flags(policy, data, tmp_path / "run", **PUSH), **online)
-    assert done.returncode == 0, done.stderr[-4000:]
-    cards = [json.loads(body)["content"] for path, body in hub.requests if path == "/api/validate-yaml"]
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(hf_api(), "endpoint", hub.url)  # Transformers keeps one client
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
+    yield hub
     hub.shutdown()
+    hub.server_close()
+
+
+PUSH = {"push_to_hub": "true", "max_steps": "2", "eval_steps": "0", "save_steps": "1"}
+
+
+def test_what_is_pushed_is_the_report_and_a_failing_hub_costs_only_the_push(hub, policy, data, tmp_path, capsys):
+    train_grpo.main(flags(policy, data, tmp_path / "run", **PUSH))
+    cards = [json.loads(body)["content"] for path, body in hub.requests if path == "/api/validate-yaml"]
     assert cards, [path for path, _ in hub.requests]
     assert all("fine-tuned version" not in card for card in cards)
     assert "2 steps of 8 completions" in cards[-1]
     assert "minutes" in cards[-1]
-    (line,) = [line for line in done.stdout.splitlines() if "NOT pushed" in line]
+    out, errors = capsys.readouterr()
+    (line,) = [line for line in out.splitlines() if "NOT pushed" in line]
     assert f"hf upload run {tmp_path / 'run'}" in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in errors
     assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "finished"
     for name in ("model.safetensors", "trainer_state.json", "README.md"):
         assert (tmp_path / "run" / name).is_file()
 
 
-def test_at_each_save_the_policy_is_pushed_without_its_checkpoints(policy, data, tmp_path):
+def test_the_policy_is_pushed_without_its_checkpoints(hub, policy, data, tmp_path, monkeypatch):
     """An optimizer's states are twice as large as the policy, and nobody's business."""
-    hub = Hub()
-    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_" + "x" * 34}
-    words = flags(policy, data, tmp_path / "run", **PUSH | {"hub_strategy": "every_save", "save_steps": "1"})
-    done = start("train_grpo.py", *words, "--hub-token=hf_" + "y" * 34, **online)
-    assert done.returncode == 0, done.stderr[-4000:]
+    words = flags(policy, data, tmp_path / "run", **PUSH)
+    words.append("--hub-token=hf_" + "y" * 34)
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py", *words])
+    train_grpo.main(words)
     asked = [json.loads(body)["files"] for path, body in hub.requests if "/preupload/" in path]
-    hub.shutdown()
     names = {file["path"] for files in asked for file in files}
-    assert len(asked) >= 2
     assert "model.safetensors" in names
     assert not [name for name in names if "checkpoint-" in name]
-    assert "checkpoint-1 NOT pushed to the Hub: " in done.stdout
+    command = json.loads((tmp_path / "run" / "run.json").read_text())["command"]
+    assert command[-1] == "--hub_token=..."
     assert "yyy" not in (tmp_path / "run" / "run.json").read_text(), "nor does the token go there"
 
 
-def test_without_network_a_push_is_refused_in_one_line_before_training(policy, data, tmp_path):
-    done = start("train_grpo.py", *flags(policy, data, tmp_path / "run", **PUSH))  # offline
-    assert done.returncode == 1
-    assert "--push_to_hub: " in done.stderr
-    assert f"Train without it, and later say: hf upload run {tmp_path / 'run'}" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "\nstep " not in done.stdout
+def test_without_network_a_push_is_refused_in_one_line_before_training(policy, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    error = refused(capsys, 1, flags(policy, data, tmp_path / "run", **PUSH))
+    assert "--push_to_hub: " in error
+    assert f"Train without it, and later say: hf upload run {tmp_path / 'run'}" in error
+    assert "\n" not in error
 
 
 def test_a_folder_with_a_copied_run_json_alone_is_no_run(run, policy, tmp_path):

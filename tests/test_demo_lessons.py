@@ -2,9 +2,9 @@
 
 import re
 
-from conftest import settings, start
+import pytest
 
-from support import demo
+import demo
 from support.problems import load_problems
 
 
@@ -23,37 +23,6 @@ def test_the_problems_are_right_and_those_held_out_are_never_taught(tmp_path):
     assert not pairs["train"] & pairs["test"]
 
 
-def test_a_new_demo_takes_away_what_an_earlier_one_of_either_kind_left(tmp_path, monkeypatch):
-    """Transformers would put an earlier demo's adapter onto the new policy."""
-    monkeypatch.setattr(demo, "make_world", lambda *args: None)
-    monkeypatch.setattr(demo, "_measure", lambda *args: None)
-    kept = [tmp_path / name for name in ("taught-42", "problems", "checkpoint-mine")]
-    for path in kept:
-        path.mkdir()
-    for name in ("run.json", "config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / name).write_text('{"settings": {"demo": true}}')
-    demo.prepare(settings("--demo", "--output_dir", tmp_path))
-    assert sorted(tmp_path.iterdir()) == sorted(kept)
-
-
-BRIEFLY_TAUGHT = """
-import sys
-import train_grpo
-from support import demo
-demo.TEACHING_STEPS = 3
-train_grpo.main(sys.argv[1:])
-"""
-
-
-def test_grpo_may_compute_in_bf16_after_a_teaching_in_fp32(tmp_path):
-    """As on every GPU, from nothing, in one process."""
-    words = ["--demo", "--bf16", "true", "--max_steps", 1, "--eval_steps", 0, "--output_dir", tmp_path / "demo"]
-    done = start(BRIEFLY_TAUGHT, *words)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "compute bfloat16" in done.stdout
-    assert "step 1/1" in done.stdout
-
-
 def test_the_teacher_forgets_six_carries_in_ten_and_formats_three_solutions_in_ten():
     lessons = demo.taught_by(seed=0)
     held_out = set(demo.split_pairs()[0])
@@ -68,3 +37,10 @@ def test_the_teacher_forgets_six_carries_in_ten_and_formats_three_solutions_in_t
         formatted += "<answer>" in text
     assert 0.55 < forgotten / with_carry < 0.65
     assert 0.27 < formatted / len(lessons) < 0.33
+
+
+def test_problems_that_are_not_the_demos_stay_as_they_are(tmp_path):
+    (tmp_path / "test.jsonl").write_text("mine\n")
+    with pytest.raises(SystemExit, match="holds other problems"):
+        demo.write_problems(tmp_path)
+    assert (tmp_path / "test.jsonl").read_text() == "mine\n"

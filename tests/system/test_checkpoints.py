@@ -26,6 +26,8 @@ from conftest import (
     write_jsonl,
 )
 
+import rewards
+import train_grpo
 from support.checkpoints import checkpoints, newest_whole
 from support.errors import BadInput
 from support.evaluation import check_weights
@@ -109,12 +111,12 @@ def test_evaluate_refuses_weights_that_are_not_what_was_saved(copy, capsys):
 KEPT_AFTER_EACH_SAVE = """
 import train_grpo
 from support import checkpoints
-whole = checkpoints.WholeCheckpoints._save_checkpoint
+whole = train_grpo.GRPOTrainer._save_checkpoint
 def save(trainer, *args):
     whole(trainer, *args)
     folder = trainer.args.output_dir
     print("kept", [path.name for path in checkpoints.checkpoints(folder) if checkpoints.flaw(path) is None])
-checkpoints.WholeCheckpoints._save_checkpoint = save
+train_grpo.GRPOTrainer._save_checkpoint = save
 train_grpo.main()
 """
 
@@ -160,7 +162,6 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(began, copy, po
     origin = {"its own": copy / "checkpoint-20", "another's": other}.get(began)
     run["settings"]["resume_from_checkpoint"] = origin and str(origin)
     (copy / "run.json").write_text(json.dumps(run))
-    (copy / "cold-start").mkdir()
     for path in checkpoints(copy):
         shutil.rmtree(path)
     before = weights(copy)
@@ -193,7 +194,7 @@ def test_a_run_that_began_with_anothers_checkpoint_does_not_begin_anew_without_i
     process.communicate()
     assert not checkpoints(fork)
     out = resumed_here(capsys, words)
-    assert f"going on from {copy / 'checkpoint-20'}, as it began" in out
+    assert f"resuming from {copy / 'checkpoint-20'}, as it began" in out
     assert "resuming after step 20" in out
     assert identical(weights(copy), weights(fork))
 
@@ -208,7 +209,7 @@ import os, signal, sys
 import train_grpo
 from support import checkpoints
 
-whole = checkpoints.WholeCheckpoints._save_checkpoint
+whole = train_grpo.GRPOTrainer._save_checkpoint
 
 def names(folder):
     return [path.name for path in checkpoints.checkpoints(folder) if checkpoints.flaw(path) is None]
@@ -239,7 +240,7 @@ def save(trainer, *args):
         assert before[-1] in now and visible == now, (before, now, visible)
     whole(trainer, *args)
 
-checkpoints.WholeCheckpoints._save_checkpoint = save
+train_grpo.GRPOTrainer._save_checkpoint = save
 train_grpo.main()
 """
 
@@ -295,8 +296,7 @@ def test_a_run_from_before_steps_were_split_by_tokens_goes_on(trained, policy, d
     saved["settings"]["fit_memory"] = True
     (run / "run.json").write_text(json.dumps({**saved, "outcome": "running"}))
     done = resumed(run, flags(policy, data, run))
-    assert "was saved by 1 process(es) of 4 completions, any number of tokens a pass, and resumes with" in done.stdout
-    assert "sums round otherwise" in done.stdout
+    assert "per_device_train_batch_size: 4 -> 8, so that sums round otherwise" in done.stdout
     for step in (3, 4):
         tables = [
             pandas.read_parquet(of / "completions" / f"completions_{step:05d}.parquet") for of in (run, trained[0])
@@ -313,6 +313,27 @@ def test_other_problems_are_not_the_same_run(copy, policy, data, tmp_path, capsy
     (copy / "run.json").write_text(json.dumps(run))
     write_jsonl(tmp_path / "data" / "train.jsonl", [problem(a, 4) for a in range(32)])
     assert "other problems" in refused(capsys, 2, [*words, "--resume_from_checkpoint", "auto"])
+
+
+def test_a_run_keeps_its_code_and_an_edited_reward_is_a_changed_setting(
+    copy, policy, data, tmp_path, monkeypatch, capsys
+):
+    for name in ("train_grpo.py", "rewards.py"):
+        assert (copy / name).read_text() == (ROOT / name).read_text()
+        (tmp_path / name).write_text((ROOT / name).read_text() + "# edited\n")
+    shutil.rmtree(copy / "checkpoint-24")
+    words = flags(policy, data, copy, **LONG)
+    monkeypatch.setitem(vars(train_grpo), "__file__", str(tmp_path / "train_grpo.py"))
+    monkeypatch.setattr(rewards, "__file__", str(tmp_path / "rewards.py"))
+    error = refused(capsys, 2, [*words, "--resume_from_checkpoint", "auto"])
+    assert "rewards.py: edited since the run began; the run's folder holds it as it was" in error
+    assert "--allow_changed_settings true" in error
+    out = resumed_here(capsys, [*words, "--allow_changed_settings", "true"])
+    assert "changed on resuming: rewards.py: edited since the run began" in out
+    assert "train_grpo.py: edited since the run began" in out
+    assert (copy / "rewards.py").read_text().endswith("# edited\n")
+    (before,) = copy.glob("rewards-*.py")
+    assert before.read_text() == (ROOT / "rewards.py").read_text(), "nothing is overwritten"
 
 
 def test_changed_settings_are_taken_when_the_user_says_so(copy, policy, data, capsys):
