@@ -2,8 +2,8 @@
 
     python benchmarks/cold_start.py --out outputs/cold-start-demo      # 5 seeds: 20 minutes on two CPU cores
 
-Each seed teaches its own policy, as `python train_grpo.py --demo --seed SEED` does, and starts GRPO from it twice: as
-it is, and after supervised fine-tuning on 64 solved problems. Greedy strict accuracy is measured on 100 held-out
+Each seed teaches its own policy, as `python demo.py --seed SEED` does, and starts GRPO from it twice: as it is, and
+after a cold start (`cold_start.py`) on 64 solved problems. Greedy strict accuracy is measured on 100 held-out
 problems every 5 steps, before the first one too; a run ends when it reaches 90%.
 """
 
@@ -16,30 +16,17 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import train_grpo
-from support import demo
+from benchmarks.on_demo import EXAMPLES, ROOT, cold_started, precision, settings, taught_policy, words
 
-EXAMPLES = 64
 ENOUGH = 90.0  # per cent
 
 
-def steps_to_enough(folder: Path, policy: Path, seed: int, examples: int) -> tuple[int | None, float, float]:
+def steps_to_enough(folder: Path, taught: Path, seed: int, examples: int) -> tuple[int | None, float, float]:
     """The first measured step at `ENOUGH`, None where the run ends before; strict accuracy at step 0; seconds."""
-    settings = {
-        **demo.settings(),
-        "model_name_or_path": policy,
-        "dataset_name": policy.with_name("problems"),
-        "output_dir": folder,
-        "seed": seed,
-        "cold_start_examples": examples,
-        "eval_steps": 5,
-        "sample_every": 0,
-    }
-    if not examples:  # its other settings would have no effect, which is refused
-        settings = {name: value for name, value in settings.items() if not name.startswith("cold_start_")}
-    words = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-u", train_grpo.__file__, *words]
     begun, first, log = time.time(), None, folder.with_suffix(".err")
+    policy = cold_started(taught, folder.with_name(f"{folder.name}-cold"), seed) if examples else taught
+    flags = settings(taught, policy, folder, seed) | {"eval_steps": 5, "sample_every": 0}
+    command = [sys.executable, "-u", str(ROOT / "train_grpo.py"), *words(flags)]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     for line in process.stdout:
@@ -64,9 +51,9 @@ def main() -> None:
     steps = {0: [], EXAMPLES: []}
     print("seed  examples  strict at step 0  steps to 90%  seconds")
     for seed in args.seeds:
-        policy = demo.make_world(args.out, seed, use_cpu=demo.settings()["use_cpu"])
+        taught = taught_policy(args.out, seed, precision()["use_cpu"])
         for examples, reached in steps.items():
-            step, first, seconds = steps_to_enough(args.out / f"{seed}-{examples}", policy, seed, examples)
+            step, first, seconds = steps_to_enough(args.out / f"{seed}-{examples}", taught, seed, examples)
             reached.append(step)
             print(f"{seed:>4}  {examples:>8}  {first:>15.1f}%  {step!s:>12}  {seconds:>7.0f}", flush=True)
     for examples, reached in steps.items():

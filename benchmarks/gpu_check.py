@@ -29,7 +29,7 @@ from support.record import device_name, write_whole
 LIMIT = 240  # seconds for each of the others: the demo, the tests, the preparations
 TURN = 60  # for a few steps of what is measured
 STEPS = {"vllm": 6, "trl-vllm-one-pass": 6, "trl-vllm": 6, "original": 1, "trl-one-pass": 2, "transformers": 2}
-UPDATES = {"trl": ("trl", 0), "recipe-0": ("recipe", 0), "recipe-50": ("recipe", 0.5)}  # groups without signal
+UPDATES = {"trl": ("trl", 0), "recipe-0": ("recipe", 0), "recipe-50": ("recipe", 0.5)}  # zero-advantage groups
 TOKENS_PER_PASS = 6144  # of ours at 1.5B: about what a pass of TRL's has there, so that both need as much memory
 WRITE_SHAPE = "import sys; from benchmarks import step_time as s; "
 WRITE_SHAPE += "s.write_random('1.5B', s.load_tokenizer(sys.argv[1]), s.Path(sys.argv[2]))"
@@ -48,21 +48,22 @@ def parts(args) -> dict[str, Part]:
         words = [*words, "--dataset", args.gsm8k, "--out", runs / name, "--turn", args.out / name]
         add(name, f"benchmarks/{script}.py", *words, limit=limit, takes_turns=True, **rest)
 
-    add("demo", "train_grpo.py", "--demo", "--output_dir", runs / "demo", shows="^the (format|sums) ")
+    shows = r"with the same prompt, strict: |^the sums alone \(lenient\): "
+    add("demo", "demo.py", "--output_dir", runs / "demo", shows=shows)
     words = ["-m", "pytest", "-m", "gpu", "-n", 3, "-rs", "-p", "no:cacheprovider"]
     add("tests", *words, shows=r"^=+ .* in \d|^(FAILED|SKIPPED|ERROR)")
     words = ["--model_name_or_path", args.smollm2, "--dataset_name", args.gsm8k, "--output_dir", cold]
-    words += ["--cold_start_examples", 512, "--cold_start_learning_rate", "1e-4", "--max_completion_length", 256]
-    words += ["--max_steps", 1, "--eval_steps", 0, "--use_vllm", "false", "--tokens_per_pass", 4096]
-    add("cold-start", "train_grpo.py", *words, lacks=missing, makes=cold / "cold-start" / "done.json")
+    words += ["--examples", 512, "--learning_rate", "1e-4", "--max_completion_length", 256]
+    # the last file that it writes; the last step's line that it prints
+    add("cold-start", "cold_start.py", *words, shows="^step 60/", lacks=missing, makes=cold / "trainer_state.json")
     add("shape", "-c", WRITE_SHAPE, args.smollm2, shape, lacks=missing, makes=shape)
     for setting, steps in STEPS.items():
-        words = ["--measure", setting, "--model", cold / "cold-start", "--steps", steps, "--completion_length", 256]
+        words = ["--measure", setting, "--model", cold, "--steps", steps, "--completion_length", 256]
         lacks = missing or (vllm_obstacle() if "vllm" in setting else None)
         limit = 2 * TURN if setting == "original" else TURN
         add_measured(f"step-{setting}", "step_time", *words, limit=limit, lacks=lacks, after="cold-start")
-    for name, (update, silent) in UPDATES.items():
-        words = ["--measure", update, "--model", shape, "--limit", 512, "--steps", 4, "--silent", silent]
+    for name, (update, share) in UPDATES.items():
+        words = ["--measure", update, "--model", shape, "--limit", 512, "--steps", 4, "--zero_advantage", share]
         words += ["--tokens_per_pass", TOKENS_PER_PASS]
         add_measured(f"update-{name}", "lean_step", *words, lacks=missing, after="shape")
     # with the default settings, so with vLLM where that is installed, and with all of the GPU to itself

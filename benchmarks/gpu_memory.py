@@ -16,7 +16,7 @@ from trl import get_peft_config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_grpo
-from support.memory import FIXED_PASS, USABLE, fit, gpu_memory, held, longest, needed
+from support.memory import FIXED_PASS, USABLE, fit, gpu_memory, longest
 from support.settings import Settings
 
 FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -59,7 +59,7 @@ def chosen(size: str, method: str, gib: float, vllm: bool) -> str:
     model, settings = policy(size, method, use_vllm=vllm)
     total = int(gib * 2**30)
     fit(model, settings, total)
-    if needed(gpu_memory(model, settings, settings.load_in_4bit), settings, total) > USABLE * total:
+    if gpu_memory(model, settings, total)["most"] > USABLE * total:
         return "-"
     tokens = min(settings.tokens_per_pass, settings.per_device_train_batch_size * longest(settings))
     return f"{tokens:,}{' recomputed' if settings.gradient_checkpointing else ''}"
@@ -72,8 +72,8 @@ def main() -> None:
         cells = []
         for method in METHODS:
             model, settings = policy(size, method, gradient_checkpointing=True, tokens_per_pass=FIXED_PASS)
-            parts = gpu_memory(model, settings, settings.load_in_4bit)
-            cells.append(f"{needed(parts, settings) / 1e9:.0f} GB ({held(parts) / 1e9:.0f} held)")
+            parts = gpu_memory(model, settings)
+            cells.append(f"{parts['most'] / 1e9:.0f} GB ({parts['held'] / 1e9:.0f} held)")
         print(f"| {size} | " + " | ".join(cells) + " |")
     print("\n| tokens a pass on | " + " | ".join(GPUS) + " |")
     print("|---" * (len(GPUS) + 1) + "|")

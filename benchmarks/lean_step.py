@@ -6,8 +6,8 @@
 A step is 4 problems x 16 completions, which TRL computes in `--passes` passes, and the recipe in passes of at most
 `--tokens_per_pass` tokens. The completions are solutions of GSM8K in the recipe's format, drawn at random and truncated
 at the limit: what a policy writes after a cold start is as long, and an update's time depends on lengths alone.
-`--silent` is the share of the groups whose completions all earn the same; TRL's does not depend on it. Each update
-makes the same steps in a process of its own, so that its peak is its own; the first is not counted.
+`--zero_advantage` is the share of the groups whose completions all earn the same; TRL's update does not depend on it.
+Each update makes the same steps in a process of its own, so that its peak is its own; the first is not counted.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 GROUPS, SIZE = 4, 16
-SILENT = (0.0, 0.25, 0.5, 0.75)
+ZERO_ADVANTAGE = (0.0, 0.25, 0.5, 0.75)  # shares of the groups
 
 
 def drawn(args) -> list[tuple[list[dict], list[list[str]]]]:
     """Steps: 4 problems each, and 16 solutions as texts for each of them."""
-    from support.cold_start import target
+    from cold_start import target
     from support.problems import load_problems
 
     problems, _ = load_problems(str(args.dataset), None, "train")
@@ -48,16 +48,16 @@ def drawn(args) -> list[tuple[list[dict], list[list[str]]]]:
 # ---- tokens, on paper
 
 
-def computed(prompts: list[int], completions: list[list[int]], silent: int, limit: int) -> tuple[int, int]:
-    """Tokens of a step as TRL computes it, and as the recipe does in passes of at most `limit` tokens: of prompt
-    lengths and completion lengths by group."""
+def computed(prompts: list[int], completions: list[list[int]], without: int, limit: int) -> tuple[int, int]:
+    """Tokens of a step as TRL computes it, and as the recipe does in passes of at most `limit` tokens, from prompt
+    lengths and completion lengths by group, of which the first `without` groups have no advantage."""
     from support.lean_step import into_passes
 
     def padded(rows) -> int:  # tokens of one pass
         return len(rows) * sum(max(row[i] for row in rows) for i in (0, 1))
 
     rows = [
-        (prompt, length, number >= silent)  # the third: whether it has a gradient
+        (prompt, length, number >= without)  # the third: whether it has a gradient
         for number, (prompt, group) in enumerate(zip(prompts, completions, strict=True))
         for length in group
     ]
@@ -68,16 +68,16 @@ def on_paper(args, tokenizer) -> str:
     from rewards import to_prompt
     from support.problems import tokenize
 
-    totals = {silent: [0, 0] for silent in SILENT}
+    totals = {share: [0, 0] for share in ZERO_ADVANTAGE}
     for problems, solutions in drawn(argparse.Namespace(**{**vars(args), "steps": 199})):
         prompts = [len(ids) for ids in tokenize(tokenizer, [to_prompt(problem["question"]) for problem in problems])]
         lengths = [[min(len(ids) + 1, args.limit) for ids in tokenizer(group)["input_ids"]] for group in solutions]
-        for silent, total in totals.items():
-            for i, tokens in enumerate(computed(prompts, lengths, int(silent * GROUPS), args.tokens_per_pass)):
+        for share, total in totals.items():
+            for i, tokens in enumerate(computed(prompts, lengths, int(share * GROUPS), args.tokens_per_pass)):
                 total[i] += tokens
-    lines = ["| groups without signal | tokens of TRL's step | of the recipe's | TRL / recipe |", "|---|---|---|---|"]
-    for silent, (theirs, ours) in totals.items():
-        lines.append(f"| {silent:.0%} | {theirs / 200:,.0f} | {ours / 200:,.0f} | {theirs / ours:.2f} |")
+    lines = ["| zero-advantage groups | tokens of TRL's step | of the recipe's | TRL / recipe |", "|---|---|---|---|"]
+    for share, (theirs, ours) in totals.items():
+        lines.append(f"| {share:.0%} | {theirs / 200:,.0f} | {ours / 200:,.0f} | {theirs / ours:.2f} |")
     return "\n".join(lines)
 
 
@@ -93,6 +93,7 @@ def measure(args) -> dict:
     import train_grpo
     from benchmarks import turns
     from support.problems import load_tokenizer
+    from support.record import Run
     from support.settings import read_settings
 
     is_ours = args.measure == "recipe"
@@ -127,15 +128,16 @@ def measure(args) -> dict:
         for problems, groups in steps
         for problem, group in zip(problems, groups, strict=True)
     }
-    loud = {problem["question"] for problems, _ in steps for problem in problems[int(args.silent[0] * GROUPS) :]}
+    without = int(args.zero_advantage[0] * GROUPS)
+    teaching = {problem["question"] for problems, _ in steps for problem in problems[without:]}
 
     def chance(prompts, completions, **kwargs):  # every completion of a group another reward, or all the same
         asked = [prompt[-1]["content"] for prompt in prompts]
-        return [float(i % SIZE) if question in loud else 0.0 for i, question in enumerate(asked)]
+        return [float(i % SIZE) if question in teaching else 0.0 for i, question in enumerate(asked)]
 
     rewards.REWARD_FUNCS[:] = [chance]
     settings.shuffle_dataset = False  # the steps as they were drawn
-    trainer = train_grpo.build_trainer(settings, tokenizer, samples, [], settings.model_name_or_path)
+    trainer = train_grpo.build_trainer(settings, tokenizer, samples, [], Run(settings))
     seconds, began = [], []
 
     def generate(prompt_ids, *rest, **kwargs):
@@ -165,8 +167,8 @@ def measure(args) -> dict:
     }
 
 
-def in_a_process(name: str, silent: float) -> dict:
-    words = [*sys.argv[1:], "--measure", name, "--silent", str(silent)]
+def in_a_process(name: str, share: float) -> dict:
+    words = [*sys.argv[1:], "--measure", name, "--zero_advantage", str(share)]
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     for line in done.stdout.splitlines():
         if line.startswith("MEASURED "):
@@ -184,7 +186,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=256, help="tokens of a completion (%(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="measured, after one that is not (%(default)s)")
     parser.add_argument(
-        "--silent", type=float, nargs="+", default=[0.0, 0.5], help="shares of the groups (%(default)s)"
+        "--zero_advantage", type=float, nargs="+", default=[0.0, 0.5], help="shares of the groups (%(default)s)"
     )
     parser.add_argument("--passes", type=int, default=4, help="of TRL's step; more need less memory (%(default)s)")
     parser.add_argument("--tokens_per_pass", type=int, default=4096, help="of the recipe's, at most (%(default)s)")
@@ -204,15 +206,15 @@ def main() -> None:
     print(f"200 steps of {GROUPS * SIZE} completions, on paper, {passes}\n\n{on_paper(args, tokenizer)}", flush=True)
     if not args.model:
         return
-    print("\n| groups without signal | update | s a step | TRL / recipe | tokens computed | peak GB |", flush=True)
+    print("\n| zero-advantage groups | update | s a step | TRL / recipe | tokens computed | peak GB |", flush=True)
     print("|---" * 6 + "|")
     theirs = in_a_process("trl", 0.0)
-    for silent in args.silent:
-        results = {"trl": theirs, "recipe": in_a_process("recipe", silent)}
+    for share in args.zero_advantage:
+        results = {"trl": theirs, "recipe": in_a_process("recipe", share)}
         ratios = [a / b for a, b in zip(*(result["seconds"] for result in results.values()), strict=True)]
         for name, result in results.items():
             ratio = f"{mean(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if name == "recipe" else ""
-            cells = [f"{silent:.0%}", name, f"{mean(result['seconds']):.1f}", ratio]
+            cells = [f"{share:.0%}", name, f"{mean(result['seconds']):.1f}", ratio]
             print(
                 "| " + " | ".join([*cells, f"{result['tokens']:.0%}", f"{result['peak'] / 1e9:.1f}"]) + " |", flush=True
             )

@@ -26,8 +26,8 @@ STEPS = 25  # a row
 COLUMNS = {  # of the log, and what a mean of it is multiplied by
     "in format": ("rewards/strict_format_reward_func/mean", 2),
     "tokens": ("completions/mean_length", 1),
-    "cut off": ("completions/clipped_ratio", 1),
-    "groups without signal": ("frac_reward_zero_std", 1),
+    "truncated": ("completions/clipped_ratio", 1),
+    "zero-advantage groups": ("frac_reward_zero_std", 1),
     "tokens computed": ("computed_tokens", 1),
     "s a step": ("step_time", 1),
 }
@@ -107,8 +107,8 @@ def _share_that_holds(texts) -> str:
 
 
 def _advantages(seen: pandas.DataFrame) -> str:
-    """The mean advantage of completions whose sums all hold, and of the others with sums; those without one are no
-    signal."""
+    """The mean advantage of completions whose sums all hold, and of the others with sums; completions
+    without an advantage do not count."""
     live = seen[(seen["advantage"].abs() > 1e-6) & seen["text"].map(lambda text: bool(sums_hold(text)))]
     by_all = live["advantage"].groupby(live["text"].map(lambda text: all(sums_hold(text)))).mean()
     return f"{by_all.get(True, 0):+.2f} / {by_all.get(False, 0):+.2f}"

@@ -23,9 +23,9 @@ from transformers import Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import demo
 import train_grpo
 from rewards import REWARD_FUNCS, XML_COT_FORMAT, to_prompt
-from support import demo
 from support.generation import complete
 from support.problems import load_problems
 

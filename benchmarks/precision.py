@@ -19,15 +19,16 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import demo
 import train_grpo
-from support import demo
+from benchmarks.on_demo import taught_policy, words
 
 SETTINGS = {"fp32 master weights": "float32", "pure bf16": "bfloat16"}
 
 
 def train(seed: int, dtype: str, steps: int, out: Path, args) -> Path:
     """A run of the recipe; its folder."""
-    words = {
+    flags = {
         "model_name_or_path": args.folder(seed),
         "dataset_name": args.dataset,
         "output_dir": out,
@@ -45,7 +46,7 @@ def train(seed: int, dtype: str, steps: int, out: Path, args) -> Path:
         "sample_every": 0,
         "save_strategy": "no",
     }
-    command = [sys.executable, train_grpo.__file__, *(str(w) for k, v in words.items() for w in (f"--{k}", v))]
+    command = [sys.executable, train_grpo.__file__, *words(flags)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
     if done.returncode:
         sys.exit(f"{out} could not be trained:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -71,10 +72,11 @@ def main() -> None:
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("outputs/precision"))
     args = parser.parse_args()
-    args.learning_rate = args.learning_rate or (train_grpo.LEARNING_RATE if args.model else demo.LEARNING_RATE)
+    default = train_grpo.LEARNING_RATE if args.model else float(demo.GRPO["learning_rate"])
+    args.learning_rate = args.learning_rate or default
     if args.model is None:
         for seed in args.seeds:
-            demo.make_world(args.out / "demo", seed, args.use_cpu)
+            taught_policy(args.out / "demo", seed, args.use_cpu)
         args.dataset = args.out / "demo" / "problems"
     args.folder = lambda seed: Path(args.model or args.out / "demo" / f"taught-{seed}")
 

@@ -42,7 +42,9 @@ def measure(processes: int, completions: int, args) -> float:
     """Completions a second of the recipe as it is started on the command line."""
     out = args.out / "run"
     shutil.rmtree(out, ignore_errors=True)
-    words = {
+    from benchmarks.on_demo import words
+
+    flags = {
         "model_name_or_path": args.model,
         "dataset_name": args.dataset,
         "output_dir": out,
@@ -57,7 +59,7 @@ def measure(processes: int, completions: int, args) -> float:
     }
     launch = f"-m accelerate.commands.launch --multi_gpu --num_processes {processes} {LAUNCH}".split()
     command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "train_grpo.py")]
-    command += [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+    command += words(flags)
     environment = {**os.environ, "TQDM_DISABLE": "1", **({"OMP_NUM_THREADS": "1"} if args.use_cpu else {})}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -83,12 +85,12 @@ def main() -> None:
         return
     import torch
 
-    from support import demo
+    from benchmarks.on_demo import taught_policy
 
     if not args.use_cpu and not torch.cuda.is_available():
         sys.exit("scaling.py: no CUDA GPU is visible; --use_cpu measures on the CPU")
     if args.model is None:
-        args.model = demo.make_world(args.out / "demo", 42, args.use_cpu)
+        args.model = taught_policy(args.out / "demo", 42, args.use_cpu)
         args.dataset = args.out / "demo" / "problems"
     cases = {
         (n, kind): COMPLETIONS * (n if kind == "weak" else 1) for n in args.processes for kind in ("strong", "weak")

@@ -26,8 +26,9 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import demo
 import train_grpo
-from support import demo
+from benchmarks.on_demo import taught_policy, words
 
 SEED = 42  # of the policy and of both runs
 STATUS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}  # of one process; a launcher has its own
@@ -43,7 +44,7 @@ SETTINGS = {
     "per_device_train_batch_size": 16,  # which several processes share
     "gradient_checkpointing": "false",
     "max_completion_length": 32,
-    "learning_rate": demo.LEARNING_RATE,
+    "learning_rate": demo.GRPO["learning_rate"],
     "disable_tqdm": "true",
 }
 
@@ -55,10 +56,9 @@ def launch(policy: Path, output: Path, steps: int, processes: int) -> subprocess
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), *LAUNCH]
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     with output.with_suffix(".err").open("a") as errors:
-        command = [*start, train_grpo.__file__, *words]
+        command = [*start, train_grpo.__file__, *words(settings)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
 
 
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
-    policy = demo.make_world(args.out, SEED, use_cpu=True)
+    policy = taught_policy(args.out, SEED, use_cpu=True)
 
     memory = left_alone(policy, args.out / "left-alone", args.steps, args.processes)
     rss = [mean(memory[step] for step in memory if k < 10 * step / args.steps <= k + 1) for k in range(10)]

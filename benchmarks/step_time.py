@@ -21,8 +21,6 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
@@ -33,13 +31,13 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import demo
 import train_grpo
 from benchmarks import turns
 from benchmarks.gpu_memory import SHAPES, shaped
+from benchmarks.on_demo import taught_policy
 from rewards import REWARD_FUNCS
-from support import demo
-from support.faults import protected
-from support.memory import device_memory, gpu_memory, needed
+from support.memory import choose_by_memory, device_memory, gpu_memory
 from support.problems import load_tokenizer
 from support.record import Run, device_name
 from support.settings import read_settings
@@ -112,21 +110,19 @@ def measure(name: str, args) -> dict:
         turns.fix_cache()
     tokenizer = load_tokenizer(settings.model_name_or_path)
     samples, _ = train_grpo.load_samples(settings, tokenizer)
-    is_bare = name in ("original", "original-fp32", "bare")
-    if is_bare:
+    if name in ("original", "original-fp32", "bare"):
         trainer = _bare(settings, tokenizer, samples)
     else:
-        trainer = train_grpo.build_trainer(settings, tokenizer, samples, [], settings.model_name_or_path)
+        trainer = train_grpo.build_trainer(settings, tokenizer, samples, [], Run(settings))
     if name == "cast-each-token":
-        trainer._generate_single_turn = partial(trl.GRPOTrainer._generate_single_turn, trainer)
-    with nullcontext() if is_bare else protected(trainer, Run(settings)):
-        clock = _clock(trainer)
-        turns.wait(args.turn)
-        trainer.train()
+        trainer.keeps_copies = False
+    clock = _clock(trainer)
+    turns.wait(args.turn)
+    trainer.train()
     is_cuda = settings.device.type == "cuda"
     computed = None
     if is_cuda:
-        computed = needed(gpu_memory(trainer.model, settings), settings, device_memory(settings.device))
+        computed = gpu_memory(trainer.model, settings, device_memory(settings.device))["most"]
     # of a process, not by getrusage: what that gives begins at the parent's peak
     resident = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     return {
@@ -148,6 +144,8 @@ def random_reward(completions, **kwargs) -> list[float]:
 
 
 def _bare(settings, tokenizer, samples):
+    """TRL's trainer without anything of the recipe's."""
+    choose_by_memory(settings)  # as the recipe's own does
     dataset = Dataset.from_list(samples).select_columns(["prompt", "answer"])
     return trl.GRPOTrainer(
         settings.model_name_or_path, REWARD_FUNCS, args=settings, train_dataset=dataset, processing_class=tokenizer
@@ -259,7 +257,7 @@ def prepare(args) -> tuple[Path, Path]:
     if args.dataset is None:
         demo.write_problems(problems)
     if args.model == "demo":
-        return demo.make_world(args.out / "demo", 42, args.use_cpu), problems
+        return taught_policy(args.out / "demo", 42, args.use_cpu), problems
     if args.model not in SHAPES:
         return Path(args.model), problems
     folder = args.out / f"random-{args.model}"

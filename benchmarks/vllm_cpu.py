@@ -4,8 +4,7 @@
     python benchmarks/vllm_cpu.py --model models/SmolLM2-135M-Instruct --dataset /data/gsm8k --completion_length 256
 
 A step of `step_time.py`, whose flags it takes: 64 completions, bf16 compute, vLLM in bf16 too; with --no-bf16 both in
-fp32. vLLM runs on a CPU as in the tests (`tests/vllm_on_cpu.py`); with VLLM_CPU_CI_ENV=0 in the environment it compiles
-its kernels first.
+fp32. vLLM runs on a CPU by `vllm_on_cpu.py`; with VLLM_CPU_CI_ENV=0 in the environment it compiles its kernels first.
 """
 
 import json
@@ -15,7 +14,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.vllm_on_cpu import rehearse
+from benchmarks.vllm_on_cpu import rehearse
 
 rehearse(dtype="float32" if "--no-bf16" in sys.argv else "bfloat16")
 

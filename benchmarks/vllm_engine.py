@@ -7,7 +7,7 @@
   parameters), asked as TRL asks, with text and without (`detokenize`).
 - sync: CPU seconds to load 272 weights of a random Llama, one `load_weights` for each as TRL does it, or one for all.
 
-What is compared takes turns, and which is first alternates. vLLM runs as in the tests (`tests/vllm_on_cpu.py`).
+What is compared takes turns, and which is first alternates. vLLM runs by `vllm_on_cpu.py`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.vllm_on_cpu import rehearse
+from benchmarks.vllm_on_cpu import rehearse
 
 rehearse()
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, as in training
@@ -29,7 +29,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
-from support import demo  # noqa: E402
+from benchmarks.on_demo import taught_policy  # noqa: E402
 
 SEQUENCES, TOKENS, LAYERS = 64, 128, 30
 
@@ -81,10 +81,10 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--world", type=Path, help="where the demo's taught policy is, or goes to")
+    parser.add_argument("--demo", type=Path, help="folder that the demo's taught policy is in, or is to go to")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        taught = demo.make_world(flags.world or Path(folder) / "world", seed=42, use_cpu=True)
+        taught = taught_policy(flags.demo or Path(folder) / "demo", seed=42, use_cpu=True)
         print("| what | how | n | mean (min-max) | of the first |\n" + "|---" * 5 + "|")
         llm = engine(taught, max_model_len=TOKENS + 1, enable_prefix_caching=False)
         ways = {f"detokenize={text}": partial(decode, llm, text) for text in (True, False)}

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/worth.py --out outputs/worth       # 5 seeds x 8 settings: 50 minutes
 
-Each seed teaches its own policy, as `python train_grpo.py --demo --seed SEED` does, and GRPO starts from it once for
-every setting, 64 completions a step each time. Greedy lenient accuracy is measured on 100 held-out problems every 5
+Each seed teaches its own policy, as `python demo.py --seed SEED` does, and GRPO starts from it once for every setting,
+64 completions a step each time. Greedy lenient accuracy is measured on 100 held-out problems every 5
 steps; a run ends when it is 90%, or after the demo's 80 steps. Seconds are the processor's, spent in steps alone, so
 that they are those of an idle machine where one thread computes. A row a run is printed, and the table at the end.
 """
@@ -23,15 +23,16 @@ from transformers import TrainerCallback
 
 import rewards
 import train_grpo
-from support import demo
+from benchmarks.on_demo import EXAMPLES, cold_started, precision, settings, taught_policy, words
 
 ENOUGH = 0.9
+COLD_START = f"cold start, {EXAMPLES} examples"
 SETTINGS = {
     "recipe": {},
     "the gist's rewards": {},  # what they pay, `GISTS` below
     "BETA 0.04": {"beta": 0.04},
     "bf16 weights": {"dtype": "bfloat16"},
-    "cold start, 64 examples": {"cold_start_examples": 64},
+    COLD_START: {},  # GRPO starts from what cold_start.py leaves
     "groups of 8": {"num_generations": 8},
     "groups of 4": {"num_generations": 4},
     "TRL's step": {"lean_step": False, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 4},
@@ -114,36 +115,26 @@ class Watch(TrainerCallback):
 
 
 def measure(name: str, seed: int, out: Path) -> dict:
-    policy, watch, build = out / f"taught-{seed}", Watch(), train_grpo.build_trainer
+    taught, watch, build = out / f"taught-{seed}", Watch(), train_grpo.build_trainer
 
-    def watched(*args):
+    def build_with_watch(*args):
         trainer = build(*args)
         trainer.callback_handler.callbacks.insert(0, watch)
         return trainer
 
-    train_grpo.build_trainer = watched
+    train_grpo.build_trainer = build_with_watch
     if name == "the gist's rewards":
         rewards.REWARD_FUNCS[:] = GISTS
-    settings = {
-        **demo.settings(),
-        "model_name_or_path": policy,
-        "dataset_name": out / "problems",
-        "output_dir": out / f"{seed}-{name.replace(' ', '-')}",
-        "seed": seed,
-        "eval_steps": 5,
-        "sample_every": 0,
-        "save_strategy": "no",
-        **SETTINGS[name],
-    }
-    if not settings.get("cold_start_examples"):  # the demo's other settings of it would have no effect, and be refused
-        settings = {key: value for key, value in settings.items() if not key.startswith("cold_start_")}
-    train_grpo.main([word for key, value in settings.items() if value is not None for word in (f"--{key}", str(value))])
+    policy = cold_started(taught, out / f"{seed}-cold", seed) if name == COLD_START else taught
+    flags = settings(taught, policy, out / f"{seed}-{name.replace(' ', '-')}", seed)
+    flags |= {"eval_steps": 5, "sample_every": 0, "save_strategy": "no", **SETTINGS[name]}
+    train_grpo.main(words(flags))
     return watch.result
 
 
 def in_a_process(name: str, seed: int, out: Path) -> dict:
-    words = [sys.executable, __file__, "--out", str(out), "--seeds", str(seed), "--measure", name]
-    done = subprocess.run(words, capture_output=True, text=True)
+    command = [sys.executable, __file__, "--out", str(out), "--seeds", str(seed), "--measure", name]
+    done = subprocess.run(command, capture_output=True, text=True)
     for line in done.stdout.splitlines():
         if line.startswith("MEASURED "):
             return json.loads(line.removeprefix("MEASURED "))
@@ -182,7 +173,7 @@ def main() -> None:
     args.out.mkdir(parents=True)
     results = {name: [] for name in args.settings}
     for seed in args.seeds:
-        demo.make_world(args.out, seed, use_cpu=demo.settings()["use_cpu"])
+        taught_policy(args.out, seed, precision()["use_cpu"])
         for name in args.settings:
             results[name].append(in_a_process(name, seed, args.out))
             print(f"seed {seed:>2}  {name:<24} {results[name][-1]}", flush=True)
