@@ -28,8 +28,9 @@ def pytest_cmdline_main(config):
     """Two at a time where tests of tests/system are asked for; a start of two processes costs more than the others."""
     paths = [Path(arg.partition("::")[0]).resolve() for arg in config.args]
     asks_for_system = any(path in (ROOT, TESTS) or TESTS / "system" in (path, path.parent) for path in paths)
-    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # one of the two, which would start two more
-    if asks_for_system and not is_worker and getattr(config.option, "numprocesses", 0) is None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of the two, which starts no more
+        config.option.loadgroup = True  # as --dist loadgroup does
+    elif asks_for_system and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses, config.option.dist = 2, "loadgroup"
 
 
