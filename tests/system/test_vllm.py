@@ -125,7 +125,7 @@ def test_the_lean_step_corrects_by_vllms_ratio(learned):
 
 @pytest.mark.xdist_group("learned")
 def test_a_comparison_by_two_engines_in_turn_has_transformers_texts(learned, world, tmp_path):
-    words = ["--compare", world["policy"], "--limit", "100", "--use_cpu", "--use_vllm", "true"]
+    words = ["--compare", world["policy"], "--limit", "100", "--no-native", "--use_cpu", "--use_vllm", "true"]
     process = launch(REHEARSED, "evaluate.py", learned, *words, "--output_dir", tmp_path / "by-vllm")
     until(process, "baseline, ")
     engines = wait_for_engine(process)
