@@ -24,36 +24,38 @@ if __name__ == "__main__":
 import json
 import random
 import re
-from contextlib import suppress
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, TrainerCallback
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 import rewards
-from support import checkpoints, memory
+from support import memory, problems
 from support.errors import BadInput
 from support.evaluation import score
 from support.faults import watched
-from support.generation import complete, load_policy
-from support.problems import drop_long, examples_in, load_problems, load_tokenizer
+from support.generation import as_completion, complete, load_policy
+from support.problems import drop_long, end_of_turn, examples_in, load_problems, load_tokenizer, tokenize
 from support.progress import Pace
 from support.record import printable, write_whole
 from support.settings import Common, own_flag, read_settings
-from support.trainer import SFTTrainer
+from support.trainer import SFTTrainer, merge_adapter
 
 # ---- policy
 MODEL_NAME_OR_PATH = "Qwen/Qwen2.5-1.5B-Instruct"  # on the Hub, or a folder; an instruct model, for its chat template
 CHAT_TEMPLATE_KWARGS = {}  # Qwen3 needs {"enable_thinking": False}: the reasoning belongs in our tags
+SYSTEM_PROMPT_IN_QUESTION = False  # True for a chat template that takes no system prompt; give train_grpo.py the same
 
 # ---- data
-DATASET_NAME = "openai/gsm8k"  # on the Hub, or a folder with train.jsonl and test.jsonl
-DATASET_CONFIG = "main"  # of a Hub dataset; a folder has none
+DATASET_NAME = "openai/gsm8k"  # on the Hub, a folder with train.jsonl and test.jsonl, or other files (docs)
+DATASET_CONFIG = "main"  # of a dataset that has several
+QUESTION_COLUMN = "question"
+ANSWER_COLUMN = "answer"  # a number, or a rationale and "#### number"
+DROP_NON_NUMERIC = False  # True drops rows whose answer is no number, and counts them; False refuses the data
 EXAMPLES = 256  # problems shown with a solution in the format; 64 to 512 are plenty
 SOURCE = "dataset"  # its own rationales; or "self": the model's right and well-formatted one-shot answers
 TEMPERATURE = 0.9  # of the model's own answers
@@ -81,6 +83,7 @@ LR_SCHEDULER_TYPE = "cosine"
 WARMUP_STEPS = 0.1  # share of all steps
 
 # ---- LoRA, with --use_peft true
+ADAPTER = None  # of a MODEL_NAME_OR_PATH that is an adapter: "train" it further, or "merge" it into its model first
 LORA_R = 32
 LORA_TARGET_MODULES = ["all-linear"]  # every linear layer but the output layer; attention alone learns less at any rank
 LORA_DROPOUT = 0.0
@@ -108,8 +111,7 @@ class ColdStartSettings(Common, SFTConfig, ModelConfig):
         SFTConfig.__post_init__(self)
         ModelConfig.__post_init__(self)
         if isinstance(self.chat_template_kwargs, str):
-            with suppress(ValueError):  # what is not JSON is refused where it is used
-                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
         self.complete()
 
 
@@ -119,7 +121,10 @@ class ColdStartSettings(Common, SFTConfig, ModelConfig):
 def target(rationale: str, answer: str) -> str:
     """A solution in exactly the format that the rewards pay in full, without the format's last newline: EOS follows."""
     reasoning = re.sub(r"<<[^<>]*>>", "", rationale).strip()  # GSM8K's '3 * 4 = <<3*4=12>>12'
-    return rewards.XML_COT_FORMAT.format(reasoning=reasoning, answer=answer.replace(",", "")).rstrip("\n")
+    number = rewards.parse_number(answer)
+    whole = number.to_integral_value()  # of $18.00 the rewards pay 18 in full
+    number = f"{whole if whole == number else number:f}"
+    return rewards.XML_COT_FORMAT.format(reasoning=reasoning, answer=number).rstrip("\n")
 
 
 def _example(sample: dict, text: str) -> dict:
@@ -134,15 +139,60 @@ def _text(example: dict) -> str:
 def load_samples(settings, tokenizer) -> tuple[list[dict], str | None]:
     """Problems (`prompt`, `answer`, `rationale`) whose prompt fits, in an order that SEED draws, and the dataset's
     revision on the Hub."""
-    problems, revision = load_problems(settings.dataset_name, settings.dataset_config, settings.dataset_train_split)
-    samples = [{**each, "prompt": rewards.to_prompt(each["question"], one_shot=settings.one_shot)} for each in problems]
+    problems, revision = load_problems(settings, settings.dataset_train_split)
+    form = {"one_shot": settings.one_shot, "in_question": settings.system_prompt_in_question}
+    samples = [{**each, "prompt": rewards.to_prompt(each["question"], **form)} for each in problems]
     kept = drop_long(samples, tokenizer, settings)
+    limit = f"MAX_PROMPT_LENGTH = {settings.max_prompt_length} tokens"
+    if not kept:
+        raise BadInput(f"all {len(samples):,} prompts are over {limit}: raise it")
+    print(f"{len(kept):,} problems to choose from; {len(samples) - len(kept):,} dropped, the prompt over {limit}")
+    check_turn(samples[0]["prompt"], tokenizer, settings.chat_template_kwargs or {})
     return random.Random(settings.seed).sample(kept, len(kept)), revision
+
+
+def check_turn(prompt: list[dict], tokenizer, chat_template_kwargs: dict) -> None:
+    """BadInput where the model's chat template makes of a solution what no reward pays in full, with what to change."""
+    if wrong := _never_paid(prompt, tokenizer, chat_template_kwargs):
+        remedy = "Mend chat_template.jinja in a copy of the model's folder"
+        for switch in ("enable_thinking", "thinking"):
+            switched = {**chat_template_kwargs, switch: False}
+            if not _never_paid(prompt, tokenizer, switched):
+                words = shlex.quote(json.dumps(switched))
+                remedy = f"Say --chat_template_kwargs {words}, here and to train_grpo.py"
+        raise BadInput(f"model {tokenizer.name_or_path!r}: in its chat template {wrong}, which is never paid. {remedy}")
+
+
+def _never_paid(prompt: list[dict], tokenizer, chat_template_kwargs: dict) -> str | None:
+    """What is wrong with an example in the model's chat template, cut into prompt and completion as by SFTTrainer; None
+    where it is the solution alone, behind the prompt that GRPO samples from, and ends in the token that ends a turn."""
+    turn = [*prompt, *_example({"prompt": prompt}, rewards.ONE_SHOT_ANSWER)["completion"]]
+    (asked,) = tokenize(tokenizer, [prompt], chat_template_kwargs)
+    try:
+        token_ids = tokenizer.apply_chat_template(turn, return_dict=True, **chat_template_kwargs)["input_ids"]
+    except problems.TEMPLATE_FAULTS as error:
+        return f"an example is refused ({error})"
+    if token_ids[: len(asked)] != asked:
+        return f"an example would not begin with GRPO's prompt, which ends in {tokenizer.decode(asked)[-40:]!r}"
+    taught = token_ids[len(asked) :]
+    end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer) or "")
+    if end not in taught:
+        return f"an example would not end in a token that ends a turn, but in {tokenizer.decode(taught)[-40:]!r}"
+    taught = taught[: taught.index(end) + 1]
+    if not rewards.is_strict_format(as_completion(tokenizer, asked, taught, False)["text"]):
+        text = tokenizer.decode(taught)
+        return f"an example would be {text[:40]!r}...{text[-40:]!r}"
+    return None
 
 
 def from_dataset(samples: list[dict], settings, tokenizer) -> list[dict]:
     """EXAMPLES of the samples with their rationales, of those that are in the format and fit in MAX_COMPLETION_LENGTH;
     BadInput where too few are."""
+    if not any(sample["rationale"] for sample in samples):
+        raise BadInput(
+            f"SOURCE is 'dataset', but no answer in {settings.dataset_name} has a rationale in front of '####' that "
+            "could be shown. SOURCE = 'self' shows the model's own right answers"
+        )
     examples = [_example(sample, target(sample["rationale"], sample["answer"])) for sample in samples]
     limit = settings.max_completion_length - 1  # tokens, and one for EOS
     lengths = [len(ids) for ids in tokenizer([_text(example) for example in examples])["input_ids"]]
@@ -152,7 +202,7 @@ def from_dataset(samples: list[dict], settings, tokenizer) -> list[dict]:
     if len(fit) < settings.examples:
         raise BadInput(
             f"EXAMPLES is {settings.examples:,}, but only {len(fit):,} solutions of {len(samples):,} can be shown; the "
-            f"others are {why}. Lower the one or raise the other"
+            f"others are {why}. Lower the one or raise the other, or take SOURCE 'self'"
         )
     print(f"{len(samples) - len(fit):,} of {len(samples):,} solutions cannot be shown: {why}")
     return fit[: settings.examples]
@@ -166,7 +216,8 @@ def from_itself(samples: list[dict], settings, policy, tokenizer) -> list[dict]:
     problems = samples[: 8 * wanted]
     while len(kept) < wanted and tried < len(problems):
         batch = problems[tried : tried + 64]
-        prompts = [rewards.to_prompt(sample["question"], one_shot=True) for sample in batch]
+        form = {"one_shot": True, "in_question": settings.system_prompt_in_question}
+        prompts = [rewards.to_prompt(sample["question"], **form) for sample in batch]
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=settings.bf16):
             how = {"chat_template_kwargs": settings.chat_template_kwargs, "temperature": settings.temperature}
             completions = complete(policy, tokenizer, prompts, settings.max_completion_length, **how)
@@ -207,16 +258,19 @@ def choose_examples(settings, tokenizer, samples: list[dict]) -> list[dict]:
 
 
 class Lines(TrainerCallback):
-    """Writes the examples down when training begins; prints a line a logging step."""
+    """Writes the examples down after the first step, as run.json; prints a line a logging step."""
 
     def __init__(self, examples: list[dict]):
         self.examples = examples
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.pace = Pace(state)
-        if state.is_world_process_zero:
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.examples:
             lines = "".join(json.dumps(example) + "\n" for example in self.examples)
             write_whole(Path(args.output_dir) / "examples.jsonl", lines)
+            self.examples = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "loss" in logs:
@@ -242,24 +296,22 @@ def build_trainer(settings, tokenizer, examples: list[dict], run) -> SFTTrainer:
     return trainer
 
 
-def merge_adapter(settings) -> None:
-    """Merge the adapter that was saved into its model's weights, loaded again: 4-bit ones cannot hold the sum."""
-    unset_hf_deepspeed_config()  # ZeRO-3 would split the model among processes that are not here
-    options = {name: getattr(settings, name) for name in ("dtype", "trust_remote_code")}
-    model = AutoModelForCausalLM.from_pretrained(
-        settings.model_name_or_path, revision=settings.model_revision, use_safetensors=True, **options
-    )
-    folder = Path(settings.output_dir)
-    PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(folder)
-    for path in (*folder.glob("adapter_*"), folder / "README.md"):  # PEFT's card is the adapter's
-        path.unlink(missing_ok=True)
-    checkpoints.to_disk(folder, checkpoints.WEIGHTS)
-
-
 def remedies(settings) -> list[str]:
     """What needs less memory, the most effective first."""
     first = [] if settings.gradient_checkpointing else ["GRADIENT_CHECKPOINTING = True"]
     return [*first, "half of PER_DEVICE_TRAIN_BATCH_SIZE, twice GRADIENT_ACCUMULATION_STEPS", *memory.LARGE_REMEDIES]
+
+
+def next_command(settings) -> str:
+    """What to type next: the same data and the same prompts, where they are not the constants'."""
+    words = ["python", "train_grpo.py", "--model_name_or_path", settings.output_dir]
+    data = ("dataset_name", "dataset_config", "question_column", "answer_column", "drop_non_numeric")
+    prompt = ("max_prompt_length", "chat_template_kwargs", "one_shot", "system_prompt_in_question")
+    for name in (*data, *prompt):
+        value = getattr(settings, name)
+        if value != globals()[name.upper()]:
+            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return shlex.join(words)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -274,10 +326,11 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
         trainer.save_model()
         if settings.use_peft:
-            processes.on_main(merge_adapter, settings)
+            folder, ends = settings.output_dir, trainer.model.generation_config
+            processes.on_main(merge_adapter, folder, Path(folder), settings, tokenizer, ends)
         trainer.save_state()
         print(f"saved: the taught policy, its tokenizer and examples.jsonl in {printable(settings.output_dir)}")
-    print(f"next:  python train_grpo.py --model_name_or_path {printable(settings.output_dir)}")
+    print(f"next:  {printable(next_command(settings))}")
 
 
 if __name__ == "__main__":

@@ -26,15 +26,29 @@ from dataclasses import replace
 from operator import eq
 from pathlib import Path
 
-from support.comparison import paired, table, verdicts
-from support.errors import BadInput
-from support.evaluation import COMPARABLE, OF_A_RUN, Task, check_weights, evaluate, save_report
+from transformers.hf_argparser import string_to_bool
+
+from support.comparison import IN_COLUMNS, compare, in_words, kinds, table
+from support.errors import BadInput, meant
+from support.evaluation import COMPARABLE, OF_A_RUN, Task, check_weights, evaluate
 from support.generation import BATCH_SIZE, complete, load_policy
-from support.problems import load_tokenizer
-from support.record import printable, read_run
+from support.problems import check_template_kwargs, load_tokenizer, tokenize
+from support.record import printable, read_run, write_whole
 from support.report import write_report
 
+RENAMED = {  # patterns of flags that are another command's, or typed from habit: what to type instead
+    "model|model_name_or_path|adapter": "its folder or name as the first word",
+    "dataset": "--dataset_name",
+    "eval_problems": "--limit",
+    "max_prompt_length": "without it: prompts of any length are answered",
+    "max_new_tokens": "--max_completion_length",
+}
 NATIVE_HELP = "with the prompt a model was made for; beside --compare: insist on that column, or leave it out"
+
+
+def json_object(text: str) -> dict:
+    """The type of a flag, for argparse, which names the two where `text` is something else."""
+    return dict(json.loads(text))
 
 
 def read_task(argv: list[str] | None) -> Task:
@@ -52,21 +66,30 @@ def read_task(argv: list[str] | None) -> Task:
     )
     add("--native", action=argparse.BooleanOptionalAction, help=NATIVE_HELP)
     add("--model_revision", help="branch, tag or commit of a model on the Hub")
-    add("--dataset_name", help="Hub name or folder (default: the run's, else openai/gsm8k)")
-    add("--dataset_config", help="Hub configuration (default: the run's, else main)")
+    add("--dataset_name", help="Hub name, folder or file (default: the run's, else openai/gsm8k)")
+    add("--dataset_config", help="of a dataset that has several (default: the run's, else main)")
     add("--dataset_test_split", help="split to evaluate on (default: the run's, else test)")
+    add("--question_column", help="column with the question (default: the run's, else question)")
+    add("--answer_column", help="column with the number, or a rationale and '#### number' (the run's, else answer)")
+    add("--drop_non_numeric", type=string_to_bool, metavar="true|false", help="drop rows whose answer is no number")
     add("--max_completion_length", type=int, help="tokens (default: the run's, else 512)")
-    add("--chat_template_kwargs", type=json.loads, help='JSON, such as {"enable_thinking": false}')
-    add("--one_shot", type=json.loads, metavar="true|false", help="a worked example before the question (the run's)")
+    add("--chat_template_kwargs", type=json_object, help='such as {"enable_thinking": false}')
+    add("--one_shot", type=string_to_bool, metavar="true|false", help="a worked example first (the run's)")
+    in_question = "put the system prompt at the head of the question (default: the run's, else false)"
+    add("--system_prompt_in_question", type=string_to_bool, metavar="true|false", help=in_question)
     add("--limit", type=int, help="only the first so many problems")
     add("--batch_size", type=int, help=f"problems at a time ({BATCH_SIZE})")
-    add("--use_vllm", type=json.loads, metavar="true|false", help="default: where it is installed with a GPU")
+    add("--use_vllm", type=string_to_bool, metavar="true|false", help="default: where it is installed with a GPU")
     add("--vllm_gpu_memory_utilization", type=float, metavar="SHARE", help="of the GPU's memory (default: vLLM's own)")
     add("--use_cpu", action="store_true", help="even where there is a GPU")
     add("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add("--output_dir", help="where evaluation.json and .jsonl go (default: the model's folder)")
     add("--ask", metavar="QUESTION", help="print the answer to one question and exit")
-    given = vars(parser.parse_args(argv))
+    flags, odd = parser.parse_known_args(argv)
+    if odd:
+        hint = meant(odd[0], [action.dest for action in parser._actions], RENAMED)
+        parser.error(f"unknown flag or stray value {odd[0]!r}{hint}")
+    given = vars(flags)
     for name in ("limit", "batch_size", "max_completion_length"):
         if given.get(name, 1) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -81,6 +104,9 @@ def read_task(argv: list[str] | None) -> Task:
         parser.error(str(error))
     of_run = {name: value for name, value in run.get("settings", {}).items() if name in OF_A_RUN}
     of_run |= {name: run[name] for name in ("system_prompt",) if name in run}
+    data = Path(of_run.get("dataset_name", "?")).expanduser()
+    if not {"dataset_name", "ask"} & given.keys() and (data.is_file() or (data / "state.json").is_file()):
+        parser.error(f"{data} is one split, on which the run was trained: give --dataset_name with other problems")
     task = Task(**of_run | given)
     return task.natively() if task.native and not task.compare else task
 
@@ -89,8 +115,9 @@ def ask(task: Task) -> str:
     """The answer to one question."""
     check_weights(task.model)
     tokenizer = load_tokenizer(task.model, task.model_revision, task.trust_remote_code)
-    policy = load_policy(task.model, task.model_revision, task.use_cpu, task.trust_remote_code)
     prompts, kwargs = [task.prompt(task.ask)], task.chat_template_kwargs
+    check_template_kwargs(tokenizer, kwargs)
+    policy = load_policy(task.model, task.model_revision, task.use_cpu, task.trust_remote_code)
     (answer,) = complete(
         policy, tokenizer, prompts, task.max_completion_length, chat_template_kwargs=kwargs, progress=False
     )
@@ -150,7 +177,8 @@ def load_evaluation(path: Path, task: Task) -> tuple[dict, list[dict]]:
         same = sum(map(eq, asked, wanted))
         differing.insert(0, f"problems: {len(asked)} there, {len(wanted)} here, {same} of them the same")
     if differing:
-        raise BadInput(f"{folder}: its evaluation is not comparable. " + "; ".join(differing))
+        anew = f"Evaluate {task.model} anew in this way first: earlier files are kept"
+        raise BadInput(f"{folder}: its evaluation is not comparable. {'; '.join(differing)}. {anew}")
     return report, rows
 
 
@@ -161,10 +189,42 @@ def native_obstacle(name: str) -> str | None:
     return None if has_model else f"{folder} holds an evaluation, but no model"
 
 
+def paired(name: str, before: dict[str, tuple[dict, list[dict]]], rows: list[dict]) -> dict:
+    """What evaluation.json says of a comparison with the baseline `name`: both paired tests, the baseline's columns."""
+    columns = {column: {key: report[key] for key in IN_COLUMNS} for column, (report, _) in before.items()}
+    tests = compare(rows, before["baseline"][1])
+    if "baseline native" in before:
+        tests["native"] = compare(rows, before["baseline native"][1], "lenient")
+    return {"baseline": name, **tests, "columns": columns, "samples": _samples(rows, before["baseline"][1])}
+
+
+def _samples(rows: list[dict], baseline: list[dict]) -> list[dict]:
+    """Three problems for the run's report, each the first of its kind; of 'both' where another kind is missing."""
+    first = {}
+    for kind, old, new in zip(kinds(rows, baseline), baseline, rows, strict=True):
+        texts = {"before": old["completion"], "after": new["completion"]}
+        first.setdefault(kind, {"kind": kind, "question": new["question"], "gold": new["gold"], **texts})
+    return [first[kind] for kind in ("gained", "lost", "neither", "both") if kind in first][:3]
+
+
+def verdicts(model: str, baseline: str, paired: dict) -> str:
+    """The paired tests in words: a line of counts and a sentence for each."""
+    tests = [("strict", "the same prompt", paired), ("lenient", "its native prompt", paired.get("native"))]
+    return "\n".join(
+        f"{key} results in pairs: both right {counts['both_right']}, only the model {counts['only_model_right']}, "
+        f"only the baseline {counts['only_baseline_right']}, both wrong {counts['both_wrong']}\n"
+        f"{model} against {baseline} with {prompt}, {key}: {in_words(counts)}"
+        for key, prompt, counts in tests
+        if counts
+    )
+
+
 def run(task: Task) -> None:
     """Evaluate, compare where asked to, write and print."""
-    if task.compare:  # a wrong name is told before hours of the baseline
-        load_tokenizer(task.model, task.model_revision, task.trust_remote_code)
+    if task.compare or task.chat_template_kwargs:  # mistakes are told before hours of the baseline
+        tokenizer = load_tokenizer(task.model, task.model_revision, task.trust_remote_code)
+        tokenize(tokenizer, [task.prompt("2 + 2?")], task.chat_template_kwargs)
+        check_template_kwargs(tokenizer, task.chat_template_kwargs)
     before = baselines(task) if task.compare else {}
     print(f"model: {task.model}")
     report, rows = evaluate(task)
@@ -172,7 +232,7 @@ def run(task: Task) -> None:
     print(table({**columns, "model": report} if before else {Path(task.model).name: report}))
     if before:
         report["comparison"] = paired(task.compare, before, rows)
-        save_report(task, report)
+        write_whole(task.file, json.dumps(report, indent=2) + "\n")
         print(verdicts(task.model, task.compare, report["comparison"]))
         print(f"for a browser: python benchmarks/side_by_side.py {shlex.quote(str(task.file.parent))}")
     print(f"written: {task.file} and .jsonl")

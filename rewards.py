@@ -53,16 +53,28 @@ REFLECTION_PHRASES = (
 )
 
 MAX_NUMBER_LENGTH = 32  # characters; int() and Decimal() take quadratic time or raise on what a policy can write
+MINUS = "[-−–]"  # a hyphen, U+2212, which models write in formulas, and an en dash in its place
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"  # [0-9], because \d and str.isdigit accept other scripts' digits
-INTEGER = re.compile(rf"-?{DIGITS}")
-NUMBER = re.compile(rf"(?P<sign>-?)\$?(?P<digits>{DIGITS}(?:\.[0-9]+)?)(?:\.?%?|%\.)")
+INTEGER = re.compile(rf"{MINUS}?{DIGITS}")
+NUMBER = re.compile(rf"({MINUS}?[$€£]?|[$€£]{MINUS})(?P<digits>{DIGITS}(?:\.[0-9]+)?)(?:\.?%?|%\.)")
 
 
-def to_prompt(question: str, system_prompt: str = SYSTEM_PROMPT, one_shot: bool = False) -> list[dict]:
-    """System and user message; with `one_shot`, a solved problem as an earlier turn between them."""
+def to_prompt(
+    question: str, system_prompt: str = SYSTEM_PROMPT, one_shot: bool = False, in_question: bool = False
+) -> list[dict]:
+    """System and user message; with `one_shot`, a solved problem as an earlier turn between them. `in_question`: the
+    system prompt is no message of its own, but stands at the head of the first question."""
     example = [("user", ONE_SHOT_QUESTION), ("assistant", ONE_SHOT_ANSWER)] if one_shot else []
     messages = [("system", system_prompt), *example, ("user", question)]
+    if in_question:
+        (_, first), *others = messages[1:]
+        messages = [("user", f"{system_prompt}\n\n{first}"), *others]
     return [{"role": role, "content": text} for role, text in messages]
+
+
+def question_of(prompt: list[dict]) -> str:
+    """The question that `to_prompt` was given."""
+    return prompt[-1]["content"].removeprefix(f"{SYSTEM_PROMPT}\n\n")
 
 
 # ---- parsing
@@ -82,21 +94,49 @@ def extract_hash_answer(text: str) -> str | None:
 
 
 def parse_number(text: str | None) -> Decimal | None:
-    """The number that `text` is, or None: `1,080`, `$1,080.00`, `-$5`, `72.` and `50%` are numbers; `36 leaves`, `1e3`,
-    `1_000`, digits of other scripts and anything over 32 characters are not."""
+    """The number that `text` is, or None: `1,080`, `$1,080.00`, `-$5`, `€540`, `72.` and `50%` are numbers; `36
+    leaves`, `1e3`, `1_000`, digits of other scripts and anything over 32 characters are not."""
     text = (text or "").strip()
-    if len(text) > MAX_NUMBER_LENGTH:
+    match = NUMBER.fullmatch(text) if len(text) <= MAX_NUMBER_LENGTH else None
+    if match is None:
         return None
-    if text.startswith("$-"):
-        text = "-$" + text[2:]
-    match = NUMBER.fullmatch(text)
-    return Decimal(match["sign"] + match["digits"].replace(",", "")) if match else None
+    number = Decimal(match["digits"].replace(",", ""))
+    return -number if match[1].strip("$€£") else number
 
 
 def same_number(first: str | None, second: str | None) -> bool:
     """Whether both texts are numbers and the same one."""
     number = parse_number(first)
     return number is not None and number == parse_number(second)
+
+
+# a number in a text, by its parts, for lenient accuracy; a reward of your own may use it as well
+NO_EXPONENT = r"(?<![0-9^])(?<!\^[-{])(?<!\^\{-)"  # not the 2 of 9^2, 9^-2, 9^{2}, 9^{-2}, nor behind a digit
+NO_UNIT = r"(?<![\W\dcdkm]m)(?<!ft)"  # not the 2 of m2, cm2, ft2
+TOUCHING = rf"(?<![\w.,)\]}}%]){MINUS}"  # a sign with nothing in front to subtract from: of -4, not of 9-4
+APART = rf"(?:\A|(?<==)|(?<== )){MINUS} "  # and a blank: at the start, or behind an equals sign, = - 4
+SEPARATOR = r"(?:,\\[!,]|\{,}|\\[,:;! ]|[, ~'’\u00a0\u2009\u202f])"  # of thousands; the first three are TeX's
+GROUPED = rf"[0-9]{{1,3}}(?:{SEPARATOR}[0-9]{{3}})+(?![0-9]|-[a-z])"  # 1 080; of '3 120-page books' 120 alone
+PLAIN = r"[0-9](?:[0-9,]*[0-9])?"  # 1080
+NONE = r"(?<![\w.])(?=\.[0-9])"  # as in .5, but not in No.5
+MINUTES = r"(?!:00):[0-9]{2}(?=\s?[ap]\.?m)"  # of 2:30 pm, which is no number
+POWER = r"\^\{?[0-9]+"  # of 2^3, which is none either
+FULL_HOUR = r"(?::00)+(?![0-9:])"  # 2:00 is 2
+NUMBER_IN_TEXT = re.compile(
+    rf"{NO_EXPONENT}{NO_UNIT}(?P<sign>{TOUCHING}|{APART})?\\?(?P<currency>[$€£]?)"
+    rf"(?:(?P<digits>{GROUPED}|{PLAIN})|{NONE})(?P<rest>(?:\.[0-9]+)?(?:{MINUTES}|{POWER})?)(?:{FULL_HOUR})?"
+)
+
+
+def last_number(text: str) -> str | None:
+    """The last number anywhere in the text, for `parse_number` (which reads no 2^3, no 2:30 pm); None without one."""
+    numbers = list(NUMBER_IN_TEXT.finditer(text))
+    if not numbers:
+        return None
+    last = numbers[-1]
+    digits = (last["digits"] or "0").replace("{,}", ",")  # commas stay
+    digits = re.sub(r"\\.|[^0-9,]", "", digits)  # other separators go, TeX's commands first
+    return f"{'-' if last['sign'] else ''}{last['currency']}{digits}{last['rest']}"
 
 
 def reflects(text: str) -> bool:
@@ -193,7 +233,7 @@ def is_strict_format(text: str) -> bool:
 def int_reward_func(completions: list[list[dict]], **kwargs) -> list[float]:
     """0.5 where the extracted answer is an integer, right or wrong: GSM8K's answers all are.
 
-    An optional `-`, then ASCII digits, or digits with correctly placed thousands commas; at most 32 characters. The
+    An optional minus, then ASCII digits, or digits with correctly placed thousands commas; at most 32 characters. The
     original's `str.isdigit` refused `-5` and `1,080`, which are gold answers, and accepted `7²`.
     """
     answers = [extract_xml_answer(completion_text(completion)) for completion in completions]

@@ -27,10 +27,10 @@ from datasets import Dataset
 from trl import get_peft_config, get_quantization_config
 
 import rewards
-from support import memory
+from support import faults, memory
 from support.errors import BadInput
 from support.faults import watched
-from support.problems import drop_long, examples_in, load_problems, load_tokenizer
+from support.problems import base_of, drop_long, examples_in, load_problems, load_tokenizer
 from support.record import printable
 from support.settings import read_settings
 from support.trainer import GRPOTrainer
@@ -38,10 +38,14 @@ from support.trainer import GRPOTrainer
 # ---- policy
 MODEL_NAME_OR_PATH = "Qwen/Qwen2.5-1.5B-Instruct"  # on the Hub, or a folder; an instruct model, for its chat template
 CHAT_TEMPLATE_KWARGS = {}  # Qwen3 needs {"enable_thinking": False}: the reasoning belongs in our tags
+SYSTEM_PROMPT_IN_QUESTION = False  # True for a chat template that takes no system prompt, such as Gemma 2's
 
 # ---- data
-DATASET_NAME = "openai/gsm8k"  # on the Hub, or a folder with train.jsonl and test.jsonl
-DATASET_CONFIG = "main"  # of a Hub dataset; a folder has none
+DATASET_NAME = "openai/gsm8k"  # on the Hub, a folder with train.jsonl and test.jsonl, or other files (docs)
+DATASET_CONFIG = "main"  # of a dataset that has several
+QUESTION_COLUMN = "question"
+ANSWER_COLUMN = "answer"  # a number, or a rationale and "#### number"
+DROP_NON_NUMERIC = False  # True drops rows whose answer is no number, and counts them; False refuses the data
 MAX_PROMPT_LENGTH = 256  # tokens, chat template included; longer prompts are dropped, and counted
 ONE_SHOT = False  # True puts a worked example before every question; raise MAX_PROMPT_LENGTH to 400 with it
 REUSE_SHOWN = False  # True trains on the problems that a cold start has shown to the model, too
@@ -81,6 +85,7 @@ MAX_GRAD_NORM = 0.1
 BETA = 0.0  # weight of the KL to the initial policy; above 0 loads that reference model too
 
 # ---- LoRA, with --use_peft true
+ADAPTER = None  # of a MODEL_NAME_OR_PATH that is an adapter: "train" it further, or "merge" it into its model first
 LORA_R = 32
 LORA_TARGET_MODULES = ["all-linear"]  # every linear layer but the output layer; attention alone learns less at any rank
 LORA_DROPOUT = 0.0  # dropout would score completions by another policy than the one that sampled them
@@ -97,14 +102,22 @@ VLLM_GPU_MEMORY_UTILIZATION = 0.3  # 24 GB of 80; 1.5B needs 3 for bf16 weights 
 VLLM_ENABLE_SLEEP_MODE = False  # True frees that share during the update, and costs seconds a step; for a small GPU
 
 
+def to_prompt(question: str, settings) -> list[dict]:
+    """System and user message, as the settings want them; what the policy answers."""
+    return rewards.to_prompt(question, one_shot=settings.one_shot, in_question=settings.system_prompt_in_question)
+
+
 def load_samples(settings, tokenizer) -> tuple[list[dict], str | None]:
-    """Training samples (`prompt`, `answer`) whose prompt fits, and the dataset's revision on the Hub."""
-    name, split = settings.dataset_name, settings.dataset_train_split
-    problems, revision = load_problems(name, settings.dataset_config, split)
+    """Training samples whose prompt fits, and the dataset's revision on the Hub. A sample is its `prompt`, and what
+    reward functions get beside completions: `question`, `answer` (gold), `rationale`, the data's other columns."""
+    name, (problems, revision) = settings.dataset_name, load_problems(settings, settings.dataset_train_split)
+    columns = set().union(*problems)  # not every row may have each
+    if taken := columns & {*faults.REWARD_ARGUMENTS, "prompt", "completion", "image", "images"}:
+        print(printable(f"{name}: columns that rewards do not get, as TRL uses the names: {', '.join(sorted(taken))}"))
     samples = [
         {
-            "prompt": rewards.to_prompt(problem["question"], one_shot=settings.one_shot),  # system and user message
-            "answer": problem["answer"],  # gold
+            **{column: problem.get(column) for column in sorted(columns - taken)},
+            "prompt": to_prompt(problem["question"], settings),
         }
         for problem in problems
     ]
@@ -124,8 +137,10 @@ def load_samples(settings, tokenizer) -> tuple[list[dict], str | None]:
 
 def without_shown(samples: list[dict], settings) -> list[dict]:
     """The samples without those that a cold start has shown to the model, which it may know by heart."""
-    shown = {example["prompt"][-1]["content"] for example in examples_in(settings.model_name_or_path)}
-    left = [sample for sample in samples if sample["prompt"][-1]["content"] not in shown]
+    name = settings.model_name_or_path  # which may be an adapter, in a checkpoint of a cold start or on what it left
+    examples = examples_in(name) + examples_in(base_of(name))
+    shown = {rewards.question_of(example["prompt"]) for example in examples}
+    left = [sample for sample in samples if rewards.question_of(sample["prompt"]) not in shown]
     if len(left) == len(samples):
         return samples
     them = f"{len(samples) - len(left):,} of them were shown in the model's cold start"
@@ -141,10 +156,10 @@ def held_out_problems(settings, tokenizer) -> list[dict]:
     if not settings.eval_steps:
         return []
     try:
-        problems, _ = load_problems(settings.dataset_name, settings.dataset_config, settings.dataset_test_split)
+        problems, _ = load_problems(settings, settings.dataset_test_split)
     except BadInput as error:
         raise BadInput(f"{error} (EVAL_STEPS = 0 trains without a test split)") from error
-    samples = [{**each, "prompt": rewards.to_prompt(each["question"], one_shot=settings.one_shot)} for each in problems]
+    samples = [{**each, "prompt": to_prompt(each["question"], settings)} for each in problems]
     kept = drop_long(samples, tokenizer, settings)
     print(f"held out: {len(kept):,} problems; {len(samples) - len(kept):,} dropped, the prompt over MAX_PROMPT_LENGTH")
     return random.Random(0).sample(kept, min(settings.eval_problems, len(kept)))
@@ -157,7 +172,7 @@ def build_trainer(settings, tokenizer, samples: list[dict], held_out: list[dict]
         model=settings.model_name_or_path,
         reward_funcs=rewards.REWARD_FUNCS,
         args=settings,
-        train_dataset=Dataset.from_list(samples),
+        train_dataset=Dataset.from_list(samples, on_mixed_types="use_json"),  # a column may hold text and numbers
         processing_class=tokenizer,
         quantization_config=get_quantization_config(settings),
         peft_config=get_peft_config(settings),

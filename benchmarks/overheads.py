@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import demo
 import train_grpo
 from rewards import REWARD_FUNCS, XML_COT_FORMAT, to_prompt
+from support.evaluation import Task
 from support.generation import complete
-from support.problems import load_problems
 
 BARE_START = "from trl import GRPOConfig, ModelConfig, TrlParser"
 LENGTHS = (250, 1_000, 4_000, 16_000, 64_000)
@@ -79,7 +79,7 @@ def rewards(rounds: int) -> None:
 
 def evaluation(rounds: int, out: Path) -> None:
     demo.write_problems(out / "problems")
-    problems, _ = load_problems(str(out / "problems"), None, "train")
+    problems = Task("", dataset_name=str(out / "problems"), dataset_test_split="train").problems()
     tokenizer = demo.train_tokenizer(demo.taught_by(seed=0)[:1000])
     torch.manual_seed(0)
     policy = Qwen2ForCausalLM(demo.architecture(tokenizer)).eval()

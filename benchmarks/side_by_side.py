@@ -18,10 +18,10 @@ from jinja2 import FileSystemLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rewards import is_strict_format
+from rewards import NUMBER_IN_TEXT, is_strict_format
 from support.comparison import KINDS, SHOTS, cells, in_words, kinds
 from support.errors import BadInput
-from support.evaluation import NUMBER, Task, boxed_span
+from support.evaluation import Task, boxed_span
 from support.progress import TEMPLATES
 from support.record import printable, set_aside, write_whole
 
@@ -113,7 +113,7 @@ def answer_span(text: str, native: bool) -> tuple[int, int] | None:
         return span
     if not native and is_strict_format(text):  # which has each tag once
         return text.index("<answer>") + len("<answer>"), text.index("</answer>")
-    return ([match.span() for match in NUMBER.finditer(text)] or [None])[-1]
+    return ([match.span() for match in NUMBER_IN_TEXT.finditer(text)] or [None])[-1]
 
 
 def main(argv: list[str] | None = None) -> None:

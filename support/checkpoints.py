@@ -52,14 +52,13 @@ def flaw(checkpoint: Path) -> str | None:
         return "trainer_state.json is damaged"
     count = len(list(checkpoint.glob("rng_state_*.pth")))
     random_states = [f"rng_state_{rank}.pth" for rank in range(count)] or ["rng_state.pth"]
-    if holds_shards(checkpoint):  # what is missing of the shards shows when they are loaded
-        return next((f"{name} is missing" for name in random_states if not (checkpoint / name).is_file()), None)
-    for name in ("optimizer.pt", "scheduler.pt", *random_states):
+    is_sharded = holds_shards(checkpoint)  # what is missing of the shards shows when they are loaded
+    for name in random_states if is_sharded else ("optimizer.pt", "scheduler.pt", *random_states):
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if not zipfile.is_zipfile(checkpoint / name):  # torch.save writes a zip archive, whose directory comes last
             return f"{name} is damaged"
-    return _weights_flaw(checkpoint)
+    return None if is_sharded else _weights_flaw(checkpoint)
 
 
 def _weights_flaw(folder: Path) -> str | None:
@@ -153,6 +152,5 @@ def check_disk(args, state, policy) -> None:
         raise RunStopped(
             f"{args.output_dir} has {gigabytes(free)} free, and this run writes {gigabytes(needed)} there: {saves} "
             f"checkpoints of {gigabytes(checkpoint)} (SAVE_TOTAL_LIMIT {args.save_total_limit}, and one while it is "
-            f"written), and the final policy. Free some space, give an OUTPUT_DIR on a larger disk, or lower "
-            "SAVE_TOTAL_LIMIT"
+            "written), and the final policy. Free some space, take a larger disk, or lower SAVE_TOTAL_LIMIT"
         )

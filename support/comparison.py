@@ -49,36 +49,6 @@ def in_words(comparison: dict) -> str:
     return f"{'better' if points > 0 else 'worse'} by {abs(points):.1f} points, {p_text}, n = {n:,}"
 
 
-def paired(name: str, before: dict[str, tuple[dict, list[dict]]], rows: list[dict]) -> dict:
-    """What evaluation.json says of a comparison with the baseline `name`: both paired tests, the baseline's columns."""
-    columns = {column: {key: report[key] for key in IN_COLUMNS} for column, (report, _) in before.items()}
-    tests = compare(rows, before["baseline"][1])
-    if "baseline native" in before:
-        tests["native"] = compare(rows, before["baseline native"][1], "lenient")
-    return {"baseline": name, **tests, "columns": columns, "samples": _samples(rows, before["baseline"][1])}
-
-
-def _samples(rows: list[dict], baseline: list[dict]) -> list[dict]:
-    """Three problems for the run's report, each the first of its kind; of 'both' where another kind is missing."""
-    first = {}
-    for kind, old, new in zip(kinds(rows, baseline), baseline, rows, strict=True):
-        texts = {"before": old["completion"], "after": new["completion"]}
-        first.setdefault(kind, {"kind": kind, "question": new["question"], "gold": new["gold"], **texts})
-    return [first[kind] for kind in ("gained", "lost", "neither", "both") if kind in first][:3]
-
-
-def verdicts(model: str, baseline: str, paired: dict) -> str:
-    """The paired tests in words: a line of counts and a sentence for each."""
-    tests = [("strict", "the same prompt", paired), ("lenient", "its native prompt", paired.get("native"))]
-    return "\n".join(
-        f"{key} results in pairs: both right {counts['both_right']}, only the model {counts['only_model_right']}, "
-        f"only the baseline {counts['only_baseline_right']}, both wrong {counts['both_wrong']}\n"
-        f"{model} against {baseline} with {prompt}, {key}: {in_words(counts)}"
-        for key, prompt, counts in tests
-        if counts
-    )
-
-
 def cells(reports: dict[str, dict]) -> list[list[str]]:
     """A column for each named report, the names on top; of two, also the second minus the first."""
     has_change = len(reports) == 2

@@ -1,6 +1,7 @@
 """A run's reward curves as a picture, from its log; benchmarks/curves.py lays several runs over each other."""
 
 import os
+from itertools import cycle
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -62,12 +63,15 @@ def draw(picture, log: list[dict], colours) -> None:
     """Draw PANELS of a log into a picture's eight axes; a panel's curves have `colours` in this order."""
     from pandas import DataFrame
 
-    columns = ["step", "reward_std", *(key for labels in PANELS.values() for key in labels)]
+    means = {key for row in log for key in row if key.startswith("rewards/") and key.endswith("/mean")}
+    own = {key: printable(key[8:-5]).replace("$", r"\$") for key in sorted(means - REWARDS.keys())}
+    panels = {title: labels | (own if "reward" in labels else {}) for title, labels in PANELS.items()}
+    columns = ["step", "reward_std", *(key for labels in panels.values() for key in labels)]
     run = DataFrame(log, columns=columns).set_index("step").astype(float)
-    for axes, (title, labels) in zip(picture.axes, PANELS.items(), strict=True):
-        for curve, (key, label) in enumerate(labels.items()):
+    for axes, (title, labels) in zip(picture.axes, panels.items(), strict=True):
+        for (key, label), colour, style in zip(labels.items(), cycle(colours), cycle(STYLES), strict=False):
             if run[key].notna().any():
-                _draw_curve(axes, run.dropna(subset=key), key, colours[curve], STYLES[curve], label)
+                _draw_curve(axes, run.dropna(subset=key), key, colour, style, label)
         handles, names = axes.get_legend_handles_labels()
         by_name = dict(zip(names, handles, strict=True))  # once each, where several runs are drawn
         if len(by_name) > 1:

@@ -1,6 +1,8 @@
-"""The two ways a run ends with one message instead of a traceback, and the messages for what cannot be loaded."""
+"""The two ways a run ends with one message instead of a traceback, and messages for what cannot be loaded or typed."""
 
+import re
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 import httpx
 from datasets.exceptions import DatasetNotFoundError  # its text is all that is left of the Hub's answer
@@ -35,14 +37,14 @@ def loading(what: str, name: str, instead: str, *errors: type[Exception]):
     except BadInput:
         raise
     except (OSError, ValueError, ImportError, httpx.HTTPError, SafetensorError, *errors) as error:
-        reason = trouble(error, what, name, instead) or f"it cannot be loaded ({str(error).strip()}). {instead}"
+        said = (what == "dataset" and error.__cause__) or error  # that a table cannot be read has its reason as cause
+        reason = trouble(error, what, name, instead) or f"it cannot be loaded ({str(said).strip()}). {instead}"
         raise BadInput(f"{what} {name!r}: {reason}") from error
 
 
 def trouble(error: Exception, what: str, name: str, instead: str) -> str | None:
-    """The Hub's answer, or the network's failure, from the first of `error` and its causes that names it; None where
-    none does. Libraries wrap them in vaguer errors."""
-    hub, cause = constants.ENDPOINT, error
+    """The Hub's answer, or the network's failure, where `error` or one of its causes names it; None where none does."""
+    hub, cause = constants.ENDPOINT, error  # libraries wrap them in vaguer errors
     while cause is not None:
         status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else None
         answer = f" ({status})" if status else ""
@@ -58,3 +60,11 @@ def trouble(error: Exception, what: str, name: str, instead: str) -> str | None:
             return f"{hub} is out of reach, or the connection breaks off ({cause}). {instead}"
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def meant(word: str, known: list[str], renamed: dict[str, str]) -> str:
+    """The end of an unknown flag's message: what to try, which is what it was `renamed` to, else the nearest."""
+    name = word.removeprefix("--").partition("=")[0].replace("-", "_").lower()
+    near = [new for old, new in renamed.items() if re.fullmatch(old, name)]
+    near += [f"--{flag}" for flag in get_close_matches(name, known, cutoff=0.7)]
+    return f"; try {near[0]}" if near else "; --help lists all flags"

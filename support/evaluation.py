@@ -12,34 +12,28 @@ import torch
 import xxhash
 from scipy.stats import binomtest
 
-from rewards import SYSTEM_PROMPT, extract_xml_answer, is_strict_format, reflects, same_number, to_prompt
+import rewards
+from rewards import SYSTEM_PROMPT, last_number, same_number, to_prompt
 from support.checkpoints import CHECKSUMS, WEIGHTS, altered, checkpoints
 from support.errors import BadInput
 from support.generation import BATCH_SIZE, VLLM_VERSIONS, complete, complete_with_vllm, load_policy, vllm_obstacle
-from support.problems import load_problems, load_tokenizer, tokenize
+from support.problems import base_of, load_problems, load_tokenizer, tokenize
 from support.record import read_run, set_aside, write_whole
 
 # as in Qwen's own evaluation, without a system prompt (QwenLM/Qwen2.5-Math, evaluation/utils.py, 'qwen-boxed')
 NATIVE_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
-LIMITS = ("max_completion_length", "chat_template_kwargs", "one_shot")
-OF_A_RUN = ("dataset_name", "dataset_config", "dataset_test_split", *LIMITS)  # fields that a run's settings have too
+LIMITS = ("max_completion_length", "chat_template_kwargs", "one_shot", "system_prompt_in_question")
+ROW_SETTINGS = ("question_column", "answer_column", "drop_non_numeric")
+OF_A_RUN = ("dataset_name", "dataset_config", "dataset_test_split", *ROW_SETTINGS, *LIMITS)  # fields that a run has too
 COMPARABLE = (*LIMITS, "system_prompt", "native_instruction")  # equal in two evaluations, as are their problems
 
-NUMBER = re.compile(r"(?:(?<![\w.,])-)?\$?[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?")
 BOXED_OR_BRACE = re.compile(r"\\boxed\s{0,4}\{|\\[{}]|[{}]")
-TEX_SPACING = re.compile(r"\\[,!; ]|\{,\}")  # 1\,080 and 1{,}080 are 1080, $\$5$ is $5
-
-
-def last_number(text: str) -> str | None:
-    """The last number anywhere in the text, as it is written; None without one."""
-    return (NUMBER.findall(text) or [None])[-1]
 
 
 def boxed_span(text: str) -> tuple[int, int] | None:
     """Where the content of the last closed `\\boxed{}` stands, its braces balanced; None without one."""
-    opened: list[int | None] = []  # where the content of each open box starts, None for another brace
-    found = None
+    opened, found = [], None  # where the content of each open box starts, None for another brace
     for match in BOXED_OR_BRACE.finditer(text):
         if match[0].endswith("{") and match[0] != "\\{":
             opened.append(match.end() if len(match[0]) > 1 else None)
@@ -49,18 +43,19 @@ def boxed_span(text: str) -> tuple[int, int] | None:
 
 
 def native_answer(text: str) -> str | None:
-    """The number in the last `\\boxed{}` if there is one, else the last number; None without either."""
-    if (span := boxed_span(text)) is None:
-        return last_number(text)
-    plain = TEX_SPACING.sub(lambda match: "," if "{" in match[0] else "", text[slice(*span)])
-    return last_number(plain.replace("\\", " "))
+    """The number in the last `\\boxed{}`, with a minus in front of it, else the last number; None without either."""
+    start, end = boxed_span(text) or (0, None)
+    sign = (
+        "-" if re.search(rf"(?<![\w)}}\]]){rewards.MINUS}\s?\\boxed\s*\{{\Z", text[max(0, start - 20) : start]) else ""
+    )
+    return last_number(sign + text[start:end].strip())
 
 
 def score(index: int, problem: dict, completion: dict, native: bool = False) -> dict:
     """One line of evaluation.jsonl; strict and format are None with a `native` prompt, which asks for no format."""
     text, gold = completion["text"], problem["answer"]
-    extracted = native_answer(text) if native else extract_xml_answer(text)
-    in_format = None if native else is_strict_format(text)
+    extracted = native_answer(text) if native else rewards.extract_xml_answer(text)
+    in_format = None if native else rewards.is_strict_format(text)
     return {
         "index": index,
         "question": problem["question"],
@@ -91,7 +86,7 @@ def summarize(rows: list[dict]) -> dict:
         "format_rate": mean("format"),
         "truncated_rate": mean("truncated"),
         "mean_completion_tokens": mean("tokens"),
-        "reflection_rate": sum(reflects(row["completion"]) for row in rows) / len(rows),
+        "reflection_rate": sum(rewards.reflects(row["completion"]) for row in rows) / len(rows),
     }
 
 
@@ -104,9 +99,13 @@ class Task:
     dataset_name: str = "openai/gsm8k"
     dataset_config: str | None = "main"
     dataset_test_split: str = "test"
+    question_column: str = "question"
+    answer_column: str = "answer"
+    drop_non_numeric: bool = False
     max_completion_length: int = 512
     chat_template_kwargs: dict | None = None
     one_shot: bool = False
+    system_prompt_in_question: bool = False
     system_prompt: str = SYSTEM_PROMPT
     native_instruction: str | None = None  # put behind the question, without a system prompt
     limit: int | None = None
@@ -121,16 +120,17 @@ class Task:
     ask: str | None = None
 
     def problems(self) -> list[dict]:
-        return load_problems(self.dataset_name, self.dataset_config, self.dataset_test_split)[0][: self.limit]
+        return load_problems(self, self.dataset_test_split)[0][: self.limit]
 
     def prompt(self, question: str) -> list[dict]:
         if self.native_instruction:
             return [{"role": "user", "content": f"{question}\n{self.native_instruction}"}]
-        return to_prompt(question, self.system_prompt, self.one_shot)
+        return to_prompt(question, self.system_prompt, self.one_shot, self.system_prompt_in_question)
 
     def natively(self) -> "Task":
         """The same problems and limits, with the prompt that a model was made for."""
-        return replace(self, native_instruction=NATIVE_INSTRUCTION, system_prompt="", one_shot=False)
+        ours = {"system_prompt": "", "one_shot": False, "system_prompt_in_question": False}
+        return replace(self, native_instruction=NATIVE_INSTRUCTION, **ours)
 
     @property
     def file(self) -> Path:
@@ -142,8 +142,7 @@ class Task:
 
 
 def evaluate(task: Task) -> tuple[dict, list[dict]]:
-    """Answer the task's problems, score and save: returns what evaluation.json and evaluation.jsonl say. BadInput where
-    something cannot be loaded or saved."""
+    """Answer the task's problems, score and save evaluation.json and .jsonl: returns both. BadInput where it cannot."""
     decode = _by_vllm if _uses_vllm(task) else _by_transformers
     check_weights(task.model)
     tokenizer = load_tokenizer(task.model, task.model_revision, task.trust_remote_code)
@@ -158,7 +157,7 @@ def evaluate(task: Task) -> tuple[dict, list[dict]]:
     native = task.native_instruction is not None
     rows = [score(i, *pair, native) for i, pair in enumerate(zip(problems, completions, strict=True))]
     report = {"model": task.model, "dataset": task.dataset_name, "split": task.dataset_test_split, **summarize(rows)}
-    report |= {name: getattr(task, name) for name in ("model_revision", "limit", *COMPARABLE)}
+    report |= {name: getattr(task, name) for name in ("model_revision", "limit", *ROW_SETTINGS, *COMPARABLE)}
     save(task, report, rows)
     for path in unfinished:
         path.unlink()
@@ -189,7 +188,7 @@ def _by_transformers(task: Task, tokenizer, problems, prompts) -> tuple[list[dic
     """Completions, and a list of the one file that holds them until they are saved."""
     policy = load_policy(task.model, task.model_revision, task.use_cpu, task.trust_remote_code)
     limits = {name: getattr(task, name) for name in ("max_completion_length", "chat_template_kwargs", "batch_size")}
-    asked = [task.model, limits, problems, tokenize(tokenizer, prompts, task.chat_template_kwargs)]
+    asked = [task.model, limits, str(tokenizer), tokenize(tokenizer, prompts, task.chat_template_kwargs)]
     answers = Answers(task.file.with_suffix(f".unfinished-{_fingerprint(asked, policy)[:8]}.jsonl"))
     if answers:
         print(f"resuming: {len(answers):,} of {len(problems):,} problems are answered in {answers.path}")
@@ -232,6 +231,7 @@ def check_weights(name: str) -> None:
     """Compare a folder's weights with the checksums that they were saved with; prints where a run's have none. BadInput
     where they differ, or where only checkpoints have weights."""
     folder, found = Path(name), checkpoints(name)
+    base_of(name)  # an adapter's model is there
     if found and not any(folder.glob(WEIGHTS)):
         raise BadInput(f"model {name!r}: no weights, as of a run that has not ended. Evaluate its {found[-1].name}")
     if wrong := altered(folder, WEIGHTS):
@@ -245,8 +245,4 @@ def save(task: Task, report: dict, rows: list[dict]) -> None:
     path = task.file
     set_aside(path, path.with_suffix(".jsonl"))
     write_whole(path.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-    save_report(task, report)  # last: it says that both are there
-
-
-def save_report(task: Task, report: dict) -> None:
-    write_whole(task.file, json.dumps(report, indent=2) + "\n")
+    write_whole(path, json.dumps(report, indent=2) + "\n")  # last: it says that both are there

@@ -1,13 +1,13 @@
 """What happens to runs, told in one message each: signals, NaN, a full disk, lack of memory, a second run."""
 
-import functools
+import inspect
 import os
 import pickle
 import re
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
 
@@ -16,16 +16,18 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import get_total_norm
-from transformers import TrainerCallback
+from transformers import AutoConfig, TrainerCallback
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from support import processes
 from support.checkpoints import check_disk, kept
-from support.errors import BadInput, RunStopped
+from support.errors import ELSEWHERE, BadInput, RunStopped, loading
 from support.memory import gigabytes
 from support.record import Run, printable, read_run, resume_command
 from support.resuming import generation_cycle, has_steps_left
 
 LOCK = ".lock"
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")  # TRL's
 
 
 @contextmanager
@@ -90,8 +92,8 @@ def locked(output_dir: str):
         with lock:
             yield
     finally:
-        if is_new and all(path.name == LOCK for path in folder.iterdir()):  # the run never began
-            shutil.rmtree(folder)
+        if is_new and all(path.is_dir() or path.name == LOCK for path in folder.rglob("*")):  # the run never began
+            shutil.rmtree(folder)  # with TRL's empty folder for completions
 
 
 def explained(error: BaseException, settings, remedies) -> str | None:
@@ -104,10 +106,8 @@ def explained(error: BaseException, settings, remedies) -> str | None:
         peak = f"{used:.1f} GB of {total:.1f} GB were in use at the peak"
         return f"CUDA is out of memory: {peak}. Change, in order of effect:{lines}"
     if isinstance(error, pickle.UnpicklingError):
-        return (
-            f"{settings.resume_from_checkpoint or place} holds more than tensors and numbers. Such a file can run code "
-            "when it is loaded: it was not loaded. Resume from a checkpoint that you trust"
-        )
+        unsafe = "holds more than tensors and numbers, which can run code when it is loaded: it was not loaded"
+        return f"{settings.resume_from_checkpoint or place} {unsafe}. Resume from a checkpoint that you trust"
     asks_server = getattr(settings, "vllm_mode", "") == "server"
     if asks_server and type(error).__module__ == "requests.exceptions":  # TRL's client's
         return f"vLLM's server does not answer any more ({text}). {kept(place)}. Start a new one, then {resume}"
@@ -143,7 +143,6 @@ class Guard(TrainerCallback):
     def on_train_begin(self, args, state, control, model, train_dataloader, optimizer, lr_scheduler, **kwargs):
         check_disk(args, state, model)
         check_weights(model, "the policy to start from")
-        self.run.begin(self.trainer.model_revision, self.trainer.off)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
         state.compute_steps(args, state.max_steps)  # else a resumed state keeps the earlier start's intervals
@@ -168,28 +167,51 @@ class Guard(TrainerCallback):
                 )
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.run.begin(self.trainer.model_revision, self.trainer.off)
         at_cycles_end = state.global_step % generation_cycle(args) == 0
         if at_cycles_end and (heard := next(filter(None, processes.gathered(self.heard)), None)):
             self.heard = heard  # all stop after the same step
             control.should_save = control.should_training_stop = True
 
 
-def finite(reward_func):
-    """`reward_func`, but NaN or infinity ends the run: TRL would train on, and reads NaN as None, 'does not apply'."""
+def check_reward_functions(reward_funcs: list, columns: list[str], trust_remote_code: bool = False) -> None:
+    """BadInput for those that TRL cannot call, with the data's `columns`, and a reward model that cannot be loaded."""
+    given, faults = [*REWARD_ARGUMENTS, *(name for name in columns if name != "prompt")], []
+    for reward in reward_funcs:
+        try:
+            if isinstance(reward, str):
+                with loading("reward model", reward, ELSEWHERE):
+                    AutoConfig.from_pretrained(reward, trust_remote_code=trust_remote_code)
+            elif not isinstance(reward, torch.nn.Module):
+                inspect.signature(reward).bind(**dict.fromkeys(given))
+        except TypeError as error:
+            faults.append(f"{get_callable_name(reward)}: {error}")
+    if faults:
+        raise BadInput(f"REWARD_FUNCS: {'; '.join(faults)}. They get {', '.join(given)}; **kwargs takes what is unused")
 
-    @functools.wraps(reward_func)
-    def checked(*args, trainer_state, **kwargs):
-        rewards = reward_func(*args, trainer_state=trainer_state, **kwargs)
-        odd = [i for i, reward in enumerate(rewards) if reward is not None and not isfinite(reward)]
-        if odd:
-            paid = f"{reward_func.__name__} paid {rewards[odd[0]]} for completion {odd[0]} of {len(rewards)}"
-            raise RunStopped(
-                f"step {trainer_state.global_step + 1}: {paid} ({len(odd)} such); a reward is a finite number, or None "
-                "where it does not apply. The weights are those of the step before"
-            )
-        return rewards
 
-    return checked
+def checked(reward, name: str, trainer):
+    """`reward`, in any of TRL's forms, but where it pays what is no reward the run ends. TRL reads NaN as None."""
+
+    def look(paid, completions, **_) -> list:
+        what = f"{paid!r:.60}"
+        with suppress(TypeError):  # no list of numbers
+            odd = [(i, each) for i, each in enumerate(paid) if not isfinite(0 if each is None else each)]
+            if len(paid) == len(completions) and not odd and not isinstance(paid, dict):
+                return paid
+            what = f"{odd[0][1]} for completion {odd[0][0]} of {len(paid)} ({len(odd)} such)" if odd else what
+        right = f"right are {len(completions)} finite numbers, or None where it does not apply"
+        what = f"step {trainer.state.global_step + 1}: {name} paid {what}; {right}"
+        raise RunStopped(f"{what}. No weight was changed; {kept(trainer.args.output_dir)}")
+
+    async def pay_later(**given) -> list:
+        return look(await reward(**given), **given)
+
+    if isinstance(reward, torch.nn.Module):
+        # `and None`: what a hook returns, unless it is None, would take the output's place
+        reward.register_forward_hook(lambda _, __, output: look(output.logits[:, 0].tolist(), output.logits) and None)
+        return reward
+    return pay_later if is_async_callable(reward) else lambda **given: look(reward(**given), **given)
 
 
 def _set_rates(args, optimizer, lr_scheduler) -> None:

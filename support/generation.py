@@ -9,11 +9,14 @@ import torch
 from packaging.version import Version
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
+from trl.chat_template_utils import parse_response
 
 from support.errors import ELSEWHERE, BadInput, loading
-from support.problems import tokenize
+from support.problems import base_of, tokenize
 
 BATCH_SIZE = 64  # prompts at a time
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")  # which TRL takes from a run's own settings
 VLLM_VERSIONS = ("0.22.0", "0.31.0")  # lowest and highest that TRL 1.16 supports
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # in which a policy is measured
 
@@ -35,7 +38,7 @@ def load_policy(name: str, revision: str | None = None, use_cpu: bool = False, t
     """The model, in bf16 on a GPU and fp32 on a CPU, ready for inference; BadInput where it cannot be loaded."""
     device = "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
     options = {"dtype": DTYPES[device], "revision": revision, "trust_remote_code": trust_remote_code}
-    with loading("model", name, ELSEWHERE):
+    with loading("model", base_of(name), ELSEWHERE):
         model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
     try:
         return model.to(device).eval()
@@ -77,15 +80,17 @@ def _complete_batch(model, tokenizer, token_ids: list[list[int]]) -> list[dict]:
     batch = tokenizer.pad({"input_ids": token_ids}, padding_side="left", return_tensors="pt")
     output = model.generate(**batch.to(model.device))  # (B, prompt + completion)
     completions = []
-    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
+    for prompt_ids, ids in zip(token_ids, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
         end = next((at + 1 for at, token in enumerate(ids) if token in model.generation_config.eos_token_id), None)
-        completions.append(as_completion(tokenizer, ids[:end], truncated=end is None))
+        completions.append(as_completion(tokenizer, prompt_ids, ids[:end], truncated=end is None))
     return completions
 
 
-def as_completion(tokenizer, token_ids: list[int], truncated: bool) -> dict:
-    """One completion as `complete` returns it."""
+def as_completion(tokenizer, prompt_ids: list[int], token_ids: list[int], truncated: bool) -> dict:
+    """One completion as `complete` returns it, its text as TRL gives it to rewards, by a `response_template` if any."""
     text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    if getattr(tokenizer, "response_template", None) is not None:
+        text = parse_response(tokenizer, token_ids, prefix=prompt_ids)["content"]
     return {"text": text, "tokens": len(token_ids), "truncated": truncated}
 
 
@@ -105,6 +110,22 @@ def _set_generation(model, tokenizer, max_completion_length: int, temperature: f
     )
 
 
+def mend_generation_config(model) -> None:
+    """Leave in the model's generation config what cannot change how the policy is sampled, and can be saved: what TRL
+    does not set, a min_p say, Transformers takes from there, unseen, and it saves no temperature without do_sample."""
+    held = model.generation_config.to_diff_dict()
+    stays = (*TOKEN_IDS, *SAMPLING, "do_sample", "use_cache", "cache_implementation")
+    kept = {name: held[name] for name in stays if name in held}
+    if kept.keys() & {*SAMPLING}:
+        kept["do_sample"] = True
+    model.generation_config = GenerationConfig(**kept)
+    changed = {name for name in {**held, **kept} if held.get(name, False) != kept.get(name, False)}
+    changed -= {"transformers_version", "_from_model_config"}
+    if changed:
+        words = ", ".join(f"{name} is {kept.get(name)}" for name in sorted(changed))
+        print(f"{model.config.name_or_path}: in its generation_config {words} from here on, as the policy is sampled")
+
+
 def complete_with_vllm(tokenizer, token_ids: list[list[int]], max_completion_length: int, **options) -> list[dict]:
     """Greedy completions of B tokenized prompts, as `complete` returns them, by vLLM, which loads the model.
     `options` are those of its `LLM`; a None is left out. BadInput where it cannot be loaded."""
@@ -119,10 +140,12 @@ def complete_with_vllm(tokenizer, token_ids: list[list[int]], max_completion_len
     except (OSError, ValueError, RuntimeError) as error:  # the last where its engine, another process, does not start
         without = "--vllm_gpu_memory_utilization takes less of a GPU in use; --use_vllm false decodes with Transformers"
         raise BadInput(f"model {options['model']!r}: vLLM cannot load it: {str(error).strip()}\n{without}") from error
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_completion_length, detokenize=False)
+    ends = {"stop_token_ids": [tokenizer.eos_token_id]}  # beside those that vLLM finds in the model's folder
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_completion_length, detokenize=False, **ends)
     prompts = [{"prompt_token_ids": ids} for ids in token_ids]
     has_bar = sys.stderr.isatty() and "TQDM_DISABLE" not in os.environ  # vLLM divides by a disabled bar's time, 0
     completions = [output.outputs[0] for output in engine.generate(prompts, sampling, use_tqdm=has_bar)]
     del engine  # a comparison starts a second one
     gc.collect()
-    return [as_completion(tokenizer, list(c.token_ids), c.finish_reason == "length") for c in completions]
+    pairs = zip(token_ids, completions, strict=True)
+    return [as_completion(tokenizer, ids, list(c.token_ids), c.finish_reason == "length") for ids, c in pairs]

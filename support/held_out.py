@@ -50,11 +50,10 @@ class HeldOut(TrainerCallback):
 
     def _by_vllm(self, prompts: list[list[dict]]) -> list[dict]:
         answers = self.trainer.answer_by_vllm(tokenize(self.tokenizer, prompts, self.settings.chat_template_kwargs))
-        return [as_completion(self.tokenizer, ids, truncated) for ids, truncated in answers]
+        return [as_completion(self.tokenizer, *answer) for answer in answers]
 
     def _by_transformers(self, prompts: list[list[dict]]) -> list[dict]:
         args, accelerator = self.settings, self.trainer.accelerator
-        limits = {name: getattr(args, name) for name in ("max_completion_length", "chat_template_kwargs")}
         unwrapped = unwrap_model_for_generation(
             self.trainer.model_wrapped,
             accelerator,
@@ -66,7 +65,8 @@ class HeldOut(TrainerCallback):
         with copies, unwrapped as policy:
             declared = policy.generation_config
             policy.eval()
-            completions = complete(policy, self.tokenizer, prompts, progress=False, **limits)
+            how = {"chat_template_kwargs": args.chat_template_kwargs, "progress": False}
+            completions = complete(policy, self.tokenizer, prompts, args.max_completion_length, **how)
             policy.generation_config = declared
             policy.train()
         return completions

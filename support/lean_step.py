@@ -30,13 +30,11 @@ class LeanStep:
     def prepare_lean_step(self) -> None:
         """Decide what can be left out, once the trainer is built; BadInput where a router's loss needs all of it."""
         self.trims = self.args.lean_step and "LEAN_STEP" not in self.off
-        self.splits = self.trims and can_split(self.args) and self.loss_type in SUMS + ROW_MEANS + TOKEN_MEANS
+        self.splits = self.trims and can_split(self.args)
         self.drops = self.splits and self.beta == 0  # a KL term has a gradient at any advantage
         if self.splits and self.aux_loss_enabled:
-            raise BadInput(
-                "LEAN_STEP cannot split a step of a mixture of experts, whose router has a loss of all completions: "
-                "ROUTER_AUX_LOSS_COEF = 0, or LEAN_STEP = False with a smaller PER_DEVICE_TRAIN_BATCH_SIZE"
-            )
+            instead = "ROUTER_AUX_LOSS_COEF = 0, or LEAN_STEP = False with a smaller PER_DEVICE_TRAIN_BATCH_SIZE"
+            raise BadInput(f"LEAN_STEP cannot split the step of a mixture of experts, whose loss is of all: {instead}")
 
     def update_in_words(self) -> str:
         """How a step's passes differ from TRL's, for the plan."""
@@ -115,9 +113,8 @@ Row = tuple[int, int, bool]  # tokens of the prompt and of the completion, and w
 
 
 def into_passes(of_processes: list[list[Row]], limit: float) -> list[list[list[int]]]:
-    """The rows of each pass: for each process their indices, the shortest completion first. A pass has at most `limit`
-    tokens, padding included; a longer row is a pass of its own. Every process computes as many rows as
-    the process with the most rows that have a gradient, at least one."""
+    """The rows of each pass: indices for each process, the shortest completion first. A pass has at most `limit` tokens
+    with padding, or one longer row. All compute as many rows as the one with most that have a gradient, at least 1."""
     count = max(1, *(sum(row[2] for row in rows) for rows in of_processes))
     orders = []
     for rows in of_processes:

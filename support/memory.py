@@ -6,7 +6,7 @@ counted: CUDA's own share, the allocator's waste, logits, and keys and values of
 """
 
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
 
@@ -28,9 +28,8 @@ LARGE_REMEDIES = [  # against a lack of memory, in any training
 
 
 def choose_by_memory(settings) -> str:
-    """Choose gradient checkpointing and tokens a pass, where None, by the memory of the run's smallest GPU (fixed for a
-    CPU or a sharded policy); returns what the plan says of it. BadInput where the model's configuration cannot be read,
-    RunStopped where the GPU is too small."""
+    """Choose gradient checkpointing and tokens a pass, where None, by the smallest GPU's memory (fixed for a CPU or a
+    sharded policy); returns what the plan says. BadInput where there is no configuration, RunStopped without room."""
     if settings.device.type == "cuda" and not processes.is_sharded():
         model, total = _on_meta_device(settings), min(processes.gathered(device_memory(settings.device)))
         fit(model, settings, total)
@@ -43,13 +42,18 @@ def choose_by_memory(settings) -> str:
 
 
 def _on_meta_device(settings):
-    """The policy's shapes without its numbers, with a new adapter for LoRA."""
+    """The policy's shapes without its numbers, with a new adapter for LoRA, or the one to train further."""
     name, trust, dtype = settings.model_name_or_path, settings.trust_remote_code, settings.dtype
-    with torch.device("meta"), loading("model", name, ELSEWHERE):
-        config = AutoConfig.from_pretrained(name, revision=settings.model_revision, trust_remote_code=trust)
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path if settings.adapter else name
+    with torch.device("meta"), loading("model", base, ELSEWHERE):
+        config = AutoConfig.from_pretrained(base, revision=settings.model_revision, trust_remote_code=trust)
         dtype = config.dtype if dtype == "auto" else dtype
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=dtype)
-        return get_peft_model(model, get_peft_config(settings)) if settings.use_peft else model
+        config = get_peft_config(settings)  # None without an adapter
+        if settings.adapter == "train":
+            config = PeftConfig.from_pretrained(name)
+            config.inference_mode = False
+        return get_peft_model(model, config) if config else model
 
 
 def fit(model, settings, total: int) -> None:
@@ -74,10 +78,8 @@ def check(model, settings, total: int) -> str:
     parts = gpu_memory(model, settings, total)
     held, most, has = (gigabytes(number) for number in (parts["held"], parts["most"], total))
     if parts["held"] > total and settings.optim in ADAMW:
-        listed = "".join(f"\n  - {remedy}" for remedy in remedies(settings))
-        raise RunStopped(
-            f"weights, gradients and optimizer need {held}, and the GPU has {has}. What needs less:{listed}"
-        )
+        less = "\n  - ".join(["What needs less:", *remedies(settings)])
+        raise RunStopped(f"weights, gradients and optimizer need {held}, and the GPU has {has}. {less}")
     doubt = f", and MAY NOT FIT: try {remedies(settings)[0]}" if parts["most"] > USABLE * total else ""
     return f"needs at most about {most} of {has} (computed){doubt}"
 

@@ -15,15 +15,11 @@ from rewards import completion_text, extract_xml_answer
 from support import processes
 from support.generation import vllm_obstacle
 from support.memory import ADAMW, device_memory
+from support.problems import template_remarks
 from support.record import device_name, printable
 from support.resuming import inexact_because
 
-NO_SIGNAL_STEPS = 10
-NO_SIGNAL_WARNING = (
-    f"for {NO_SIGNAL_STEPS} steps every group's completions all earned the same, so nothing was learned. Teach the "
-    "format first (`python cold_start.py --output_dir outputs/cold`, then train_grpo.py with `--model_name_or_path "
-    "outputs/cold`), give a worked example (ONE_SHOT = True), take a model that can follow it, or easier problems"
-)
+NO_SIGNAL_STEPS = 10  # in a row, after which a warning comes
 WIDTH = 160  # of a step's line
 TEMPLATES = Environment(  # values are escaped: control characters everywhere, markup in HTML
     loader=PackageLoader("support"),
@@ -55,15 +51,16 @@ def plan(trainer, settings, max_steps: int, start_step: int) -> str:
         max_steps=max_steps,
         start_step=start_step,
         inexact=inexact_because(args, max_steps),
+        remarks=template_remarks(trainer.processing_class, trainer.train_dataset[0]["prompt"], args),
     )
 
 
 def step_line(step: int, max_steps: int, logs: dict) -> str:
-    """A readable line of a logging step, at most `WIDTH` characters; docs/metrics.md explains each word of it."""
+    """A readable line of a logging step: `WIDTH` characters, unless its rewards alone take more (docs/metrics.md)."""
     names = {key: re.fullmatch("rewards/(.*?)(_reward_func)?/mean", key) for key in logs}
     paid = {name[1]: logs[key] for key, name in names.items() if name and logs[key] is not None}
     parts = render("step.txt", step=step, max_steps=max_steps, logs=logs, paid=paid, number=_short).splitlines()
-    while len(" ".join(parts)) > WIDTH:
+    while len(" ".join(parts)) > WIDTH and len(parts) > 4:  # step, reward, what each pays, seconds
         parts.pop(-2)  # the log has it all
     return " ".join(parts)
 
@@ -138,7 +135,7 @@ class Progress(ProgressCallback):
             self.steps_without_signal = 0 if has_signal else self.steps_without_signal + state.logging_steps
             if self.steps_without_signal >= NO_SIGNAL_STEPS and not self.has_warned:
                 self.has_warned = True
-                self.training_bar.write(f"WARNING: {NO_SIGNAL_WARNING}")
+                self.training_bar.write(f"WARNING: {render('no_signal.txt', steps=NO_SIGNAL_STEPS)}")
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)

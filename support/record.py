@@ -70,15 +70,15 @@ def _code(settings) -> list[Path]:
 
 class Run:
     """What run.json says of a run: settings, data, code, versions, commit, command, start, end and outcome; of a
-    resumed run also its earlier starts. Nothing is written before `begin`: a start that is refused leaves no trace."""
+    resumed run also its earlier starts. Nothing is written before `begin`: what ends sooner leaves no trace."""
 
     def __init__(self, settings):
         self.folder, self.settings = Path(settings.output_dir), settings
-        self.facts, self.has_begun = {}, False
+        self.facts, self.has_begun, self.started = {}, False, _now()
 
     def knows(self, samples: list[dict], revision: str | None) -> None:
         """Note the samples and their dataset's revision on the Hub. RunStopped where a resumed run had others."""
-        digest = hashlib.sha256(json.dumps(samples, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(samples, sort_keys=True, default=str).encode()).hexdigest()
         self.facts |= {"dataset_revision": revision, "problems": len(samples), "problems_sha256": digest}
         place = Path(self.settings.resume_from_checkpoint or self.folder)
         may_change = self.settings.allow_changed_settings or not self.settings.is_resumed
@@ -87,8 +87,8 @@ class Run:
             raise RunStopped(f"{changed}. Give those of the run, or say --allow_changed_settings true", status=2)
 
     def begin(self, model_revision: str | None, off: set[str]) -> None:
-        """Write run.json with the outcome 'running' and what is `off` with these versions, and the code beside it."""
-        if not processes.is_main():
+        """Write run.json once: the outcome 'running', what is `off` with these versions; and the code beside it."""
+        if self.has_begun or not processes.is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         before = read_run(self.folder) if (self.folder / "run.json").is_file() else {}
@@ -97,7 +97,7 @@ class Run:
         self.facts |= {
             "outcome": "running",
             "command": [*_launcher(), *_command_line()],
-            "started": _now(),
+            "started": self.started,
             "ended": None,
             **describe(self.settings),
             "model_revision": model_revision,

@@ -1,5 +1,4 @@
-"""README.md of a run: its report, and its model card on the Hub. The numbers come from run.json, the log and the
-evaluation; what was not measured is left out."""
+"""README.md of a run, its report and model card: what run.json, the log and the evaluation say, and nothing else."""
 
 import json
 import re
@@ -9,7 +8,7 @@ from pathlib import Path
 from support.comparison import SHOTS, in_words, table
 from support.curves import read_log
 from support.errors import BadInput
-from support.evaluation import LIMITS
+from support.evaluation import LIMITS, ROW_SETTINGS
 from support.problems import is_path
 from support.progress import TEMPLATES, render
 from support.record import read_run, write_whole
@@ -64,7 +63,7 @@ def _evaluate_command(folder: Path, settings: dict, measured: dict) -> str:
     """The command, with a flag for whatever differed from the run's own settings."""
     asked = {"compare": measured.get("comparison", {}).get("baseline"), "limit": measured["limit"]}
     asked |= {"dataset_name": measured["dataset"], "dataset_test_split": measured["split"]}
-    asked |= {name: measured[name] for name in LIMITS}
+    asked |= {name: measured.get(name, settings.get(name)) for name in (*LIMITS, *ROW_SETTINGS)}
     words = ["python", "evaluate.py", str(folder)]
     for name, value in asked.items():
         if (value or None) != (settings.get(name) or None):

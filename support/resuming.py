@@ -61,10 +61,9 @@ def _newest(folder: Path) -> Path | None:
         print(f"{line}; taking {checkpoint.name}")
     if checkpoint:
         return checkpoint
-    if not (folder / "run.json").is_file():
+    if not (run := read_run(folder)):
         print(f"{folder}: no run is there yet, this one is the first")
         return None
-    run = read_run(folder)
     origin = Path(run.get("settings", {}).get("resume_from_checkpoint") or folder / "none")
     if run.get("outcome") == "finished" or origin.resolve().parent == folder.resolve():
         return folder
@@ -74,15 +73,13 @@ def _newest(folder: Path) -> Path | None:
 
 def _given(checkpoint: Path, folder: Path) -> Path:
     """The checkpoint that was named, where it can be resumed from without overwriting another."""
-    found, wrong = saved.checkpoints(folder), None
+    wrong = None
     if not checkpoint.is_dir():
         wrong = f"no such folder; `auto` takes the newest in {folder}"
     elif flaw := saved.flaw(checkpoint) or saved.altered(checkpoint):
         wrong = f"{flaw}; `auto` takes the newest whole checkpoint in {folder}"
-    else:
-        newer = [path for path in found if saved.step_of(path) > saved.step_of(checkpoint) and not saved.flaw(path)]
-        if newer:
-            wrong = f"{folder} holds the newer {newer[-1].name}, which would be overwritten; give a new --output_dir"
+    elif (newest := saved.newest_whole(folder)[0]) and saved.step_of(newest) > saved.step_of(checkpoint):
+        wrong = f"{folder} holds the newer {newest.name}, which would be overwritten; give a new --output_dir"
     if wrong:
         raise RunStopped(f"--resume_from_checkpoint {checkpoint}: {wrong}")
     return checkpoint
@@ -104,10 +101,10 @@ def _changes(run: dict, settings) -> list[str]:
     if "settings" not in run:
         return []
     now = json.loads(json.dumps(describe(settings), default=str))
-    # a run from before there was a lean step rounds as without one
-    before = {"lean_step": False, **run["settings"], "SYSTEM_PROMPT": run.get("system_prompt")}
-    after = {**now["settings"], "SYSTEM_PROMPT": now["system_prompt"]}
-    before["processes"], after["processes"] = run.get("processes", 1), now["processes"]
+    before, after = (
+        {"lean_step": False, **each["settings"], "SYSTEM_PROMPT": each["system_prompt"], "processes": each["processes"]}
+        for each in (run, now)  # a run from before there was a lean step rounds as without one
+    )
     for name in ROUNDING:
         if after.get(name) is not None and before.get(name) != after[name]:
             new = ", and random states are new" if name == "processes" else ""
@@ -120,7 +117,7 @@ def _changes(run: dict, settings) -> list[str]:
     changes = [f"{name}: {before[name]!r} -> {after[name]!r}" for name in names]
     for name, checksum in now["code_sha256"].items():
         edited = f"{name}: edited since the run began; the run's folder holds it as it was"
-        if run.get("code_sha256", {}).get(name, checksum) == checksum:
+        if run["code_sha256"].get(name, checksum) == checksum:
             continue
         if name == "rewards.py":
             changes.append(edited)
@@ -130,32 +127,26 @@ def _changes(run: dict, settings) -> list[str]:
 
 
 def generation_cycle(args) -> int:
-    """Optimizer steps between two ends of a generation. Only there is a save exact: completions not yet used are in no
-    checkpoint."""
+    """Optimizer steps between two ends of a generation, where alone a save is exact: no checkpoint has completions."""
     batches = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)  # SFT generates nothing
     return math.lcm(batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
 
 
 def inexact_because(args, max_steps: int) -> str:
     """Why a run resumed from a checkpoint would not be the run that was interrupted; '' where it would."""
-    cycle, reasons = generation_cycle(args), []
-    save_steps = args.save_steps if args.save_steps >= 1 else math.ceil(max_steps * args.save_steps)
-    if args.save_strategy != "steps":
-        reasons.append(f"checkpoints come by strategy {args.save_strategy.value!r}, not at a generation's end")
-    elif save_steps % cycle:
-        reasons.append(
-            f"SAVE_STEPS {save_steps:g} does not fall on a generation's end, every {cycle} steps: what was generated "
-            "before a save is generated anew"
-        )
-    batches = args.steps_per_generation * args.num_iterations
-    if batches % args.gradient_accumulation_steps and args.gradient_accumulation_steps % batches:
-        reasons.append("a generation and a step do not end together, and at the end of an epoch they drift apart")
-    lost = {
+    cycle, batches = generation_cycle(args), args.steps_per_generation * args.num_iterations
+    drifts = batches % args.gradient_accumulation_steps and args.gradient_accumulation_steps % batches
+    steps = args.save_steps if args.save_steps >= 1 else math.ceil(max_steps * args.save_steps)
+    by = args.save_strategy.value
+    between = f"SAVE_STEPS {steps:g} does not fall on a generation's end, every {cycle} steps"
+    reasons = {
+        f"checkpoints come by strategy {by!r}, not at a generation's end": by != "steps",
+        f"{between}: what was generated before a save is generated anew": by == "steps" and steps % cycle,
+        "a generation and a step do not end together, and at the end of an epoch they drift apart": drifts,
         "IGNORE_DATA_SKIP: it starts the data from the beginning": args.ignore_data_skip,
         "SYNC_REF_MODEL: the reference model is not part of a checkpoint": args.sync_ref_model,
         "USE_VLLM: vLLM's random state is not part of a checkpoint": args.use_vllm,
+        "CUDA sums in changing order": args.device.type == "cuda",
     }
-    reasons += [reason for reason, holds in lost.items() if holds]
-    if args.device.type == "cuda":
-        reasons.append("CUDA sums in changing order")
-    return f"not exact: {'; '.join(reasons)}" if reasons else ""
+    because = "; ".join(reason for reason, holds in reasons.items() if holds)
+    return f"not exact: {because}" if because else ""

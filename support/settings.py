@@ -4,8 +4,9 @@ A constant is the default of the flag of its name; writing a new one down is eno
 """
 
 import argparse
+import json
 import os
-import sys
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 from yaml import YAMLError
 
 from support import processes
-from support.errors import BadInput, RunStopped
+from support.errors import BadInput, RunStopped, meant
 from support.generation import vllm_obstacle
 from support.preflight import find_errors
 from support.record import printable
@@ -27,9 +28,17 @@ FIXED = {  # defaults where no constant gives another
     "hub_strategy": "end",  # --push_to_hub pushes the final policy, no checkpoint
     "num_completions_to_print": 0,  # of TRL's own table; SAMPLE_EVERY is easier to read
 }
-MOVED = {  # what was a flag of train_grpo.py, and what to type instead
-    "--demo": "python demo.py",
-    "--cold_start": "python cold_start.py, then train_grpo.py --model_name_or_path with the folder that it left",
+RENAMED = {  # a pattern of flags that are typed from habit: what to type instead
+    "demo": "python demo.py",
+    "model|model_name": "--model_name_or_path",
+    "dataset|data": "--dataset_name",
+    "batch_size": "--per_device_train_batch_size",
+    "lr": "--learning_rate",
+    "max_new_tokens": "--max_completion_length",
+    "cold_start.*": "python cold_start.py, then train_grpo.py --model_name_or_path with the folder that it left",
+    "torch_dtype": "--dtype",
+    "warmup_ratio": "--warmup_steps, which below 1 is a share of all steps",
+    "no_cuda": "--use_cpu",
 }
 
 
@@ -42,12 +51,17 @@ def own_flag(text: str, default=None):
 class Common:
     """Flags of both trainings, GRPO's and the cold start's."""
 
-    dataset_name: str = own_flag("Hub name, or folder with train.jsonl and test.jsonl.")
-    dataset_config: str | None = own_flag("Configuration of a Hub dataset.")
+    dataset_name: str = own_flag("Hub name, folder or file.")
+    dataset_config: str | None = own_flag("Configuration of a dataset that has several.")
+    question_column: str = own_flag("Column with the question.")
+    answer_column: str = own_flag("Column with the number, or with a rationale and '#### number'.")
+    drop_non_numeric: bool = own_flag("Drop rows whose answer is no number, and count them.")
     dataset_train_split: str = own_flag("Split to train on.", "train")
     dataset_test_split: str = own_flag("Split to measure on.", "test")
     max_prompt_length: int = own_flag("Longer prompts are dropped (tokens).")
     one_shot: bool = own_flag("Put a worked example before every question.")
+    system_prompt_in_question: bool = own_flag("Put the system prompt at the head of the question.")
+    adapter: str | None = own_flag("Of a model that is a LoRA adapter: 'train' it further, or 'merge' it first.")
     lora_learning_rate_factor: float = own_flag("Multiplies the learning rate with --use_peft, unless it is given.")
     allow_changed_settings: bool = own_flag("Resume although settings that shape the trajectory differ.", False)
     is_resumed: bool = field(default=False, init=False)
@@ -100,18 +114,33 @@ class _Parser(TrlParser):
         constants = {name.lower(): value for name, value in constants.items() if name.isupper()}
         flags = {action.dest: self.get_default(action.dest) for action in self._actions}
         for name in set(constants) - set(flags):
-            self.error(f"the constant {name.upper()} is no flag, so that nothing would read it; --help lists all flags")
+            self.error(f"the constant {name.upper()} is no flag, so that nothing reads it{meant(name, flags, RENAMED)}")
         defaults = {name: value for name, value in FIXED.items() if name in flags} | constants
         self.rate, self.dtype = ((flags | defaults)[name] for name in ("learning_rate", "dtype"))
         self.set_defaults(**defaults | {"learning_rate": None, "dtype": None})  # None: not given, depends on others
         self.defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
+        self.strange = []  # words of a --config file that are no flags
+
+    def set_defaults_with_config(self, **config) -> list[str]:
+        """TRL's, but values are as if they were typed, and what is no flag is reported with all other errors."""
+        several = [action.dest for action in self._actions if action.nargs == "+"]
+        for name, value in config.items():
+            held = [value] if name in several and isinstance(value, str | int | float) else value
+            if isinstance(held, list | dict):  # YAML 1.1 reads 1e-7 as text, whose quotes are taken off here
+                config[name] = json.loads(re.sub(r'"(-?\d[\d.]*e[-+]?\d+)"(?!:)', r"\1", json.dumps(held, default=str)))
+        self.strange = super().set_defaults_with_config(**config)
+        return []
 
     def parse_known_args(self, args=None, namespace=None):
-        flags, unknown = super().parse_known_args(args, namespace)
+        flags, odd = super().parse_known_args(args, namespace)
         given = [name for name, default in self.defaults.items() if getattr(flags, name, default) != default]
         idle = [name for name in given if name.startswith("lora_") and not flags.use_peft]
-        errors = [f"--{name} has no effect without --use_peft true" for name in idle]
-        errors += [f"unknown flag or stray value {word!r}; --help lists all flags" for word in unknown]
+        why = "without --use_peft true"
+        if flags.adapter == "train":
+            flags.use_peft, why = True, "with --adapter train: the adapter has its own"
+            idle = [name for name in given if re.match("lora_(?!dropout|learning)|use_(rslora|dora)", name)]
+        errors = [f"--{name} has no effect {why}" for name in idle]
+        errors += [f"unknown flag or stray value {w!r}{meant(w, self.defaults, RENAMED)}" for w in self.strange + odd]
         self.fill_in(flags)
         errors += find_errors(flags) if processes.is_main() else []
         if errors:
@@ -120,7 +149,7 @@ class _Parser(TrlParser):
         if self.kind is Settings and flags.use_vllm is None:
             flags.use_vllm = vllm_obstacle(flags.use_cpu) is None and not flags.load_in_4bit
         flags.per_device_train_batch_size //= processes.count()  # all processes together make one step
-        return flags, unknown
+        return flags, odd
 
     def fill_in(self, flags: argparse.Namespace) -> None:
         """Settings that depend on others where they are not given."""
@@ -130,6 +159,8 @@ class _Parser(TrlParser):
             ending = "GRPO" if self.kind is Settings else "cold"
             flags.output_dir = f"outputs/{Path(flags.model_name_or_path).absolute().name}-{ending}"
         flags.resume_from_checkpoint = flags.resume_from_checkpoint or None
+        if self.kind is Settings and (scale := str(flags.scale_rewards).lower()) in ("true", "false"):
+            flags.scale_rewards = "group" if scale == "true" else "none"  # which TRL does for Python's True and False
         if flags.learning_rate is None:
             flags.learning_rate = self.rate * (flags.lora_learning_rate_factor if flags.use_peft else 1)
         if flags.dtype is None:  # what 4-bit training leaves unquantized is frozen, so that nothing rounds away in bf16
@@ -150,11 +181,7 @@ def read_settings(constants: dict, argv: list[str] | None = None, kind: type = S
     """Settings of this `kind`: `constants` (a script's globals), overridden by a --config file, overridden by flags.
     Exits with status 2 and every error found."""
     processes.quiet()
-    argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(constants, kind)
-    for word, command in MOVED.items():
-        if kind is Settings and any(given.startswith(word) for given in argv):
-            parser.exit(2, f"{word} is a command of its own: {command}\n")
     try:
         (settings,) = parser.parse_args_and_config(argv)
         settings.script = constants["__file__"]

@@ -1,17 +1,17 @@
 """TRL's trainers as the recipe uses them.
 
-What the recipe adds to a trainer is a method here or in lean_step.py, or a callback. This is the one module with
-private names of TRL and Transformers (of accelerate and peft none is used): `PRIVATE` lists them with what they serve,
-and a trainer looks at them before it loads a model.
+What the recipe adds is a method here or in lean_step.py, or a callback. Private names of TRL and Transformers stand in
+this module alone: `PRIVATE` lists them with what they serve, and a trainer looks at them before it loads a model.
 """
 
 import atexit
 import os
+import re
 import shlex
 import shutil
 from contextlib import contextmanager
 from functools import partial
-from inspect import isfunction, signature
+from inspect import getsource, signature
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -19,18 +19,21 @@ import trl
 from accelerate.utils import set_seed
 from accelerate.utils.other import get_free_port
 from httpx import HTTPError  # what huggingface_hub raises where it has none of its own
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import PrinterCallback, ProgressCallback, TrainerState
+from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerState
 from transformers import __version__ as version
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from support import memory, processes
 from support.checkpoints import WEIGHTS, checkpoints, flaw, holds_shards, kept, to_disk
 from support.curves import Curves
 from support.errors import ELSEWHERE, BadInput, RunStopped, trouble
-from support.faults import Guard, check_weights, finite
+from support.faults import Guard, check_reward_functions, check_weights, checked
+from support.generation import mend_generation_config
 from support.held_out import HeldOut
 from support.lean_step import LeanStep
+from support.problems import base_of, is_path
 from support.progress import Progress
 from support.record import printable, resume_command
 from support.report import write_report
@@ -41,7 +44,6 @@ SCRATCH = ".saving"  # in OUTPUT_DIR: where a checkpoint is until it is whole, a
 TRAINER, GRPO = "transformers:Trainer", "trl:GRPOTrainer"
 ENGINE = "trl.generation.vllm_generation:VLLMGeneration"
 LOGPS = ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size")
-TURN = ("prompt_ids", "images", "multimodal_fields", "num_generations")
 WHOLE = "checkpoints that are whole or not there"
 LEAN, SAMPLES = "LEAN_STEP", "SAMPLE_EVERY"
 COPIES = "bf16 copies of the weights that are kept for a generation"
@@ -56,7 +58,7 @@ PRIVATE = (  # class, name, a method's first parameters (None for an attribute),
     (GRPO, "_metrics", None, LEAN),
     (GRPO, "aux_loss_enabled", None, LEAN),
     (GRPO, "_logs", None, SAMPLES),
-    (GRPO, "_generate_single_turn", TURN, COPIES),
+    (GRPO, "_generate_single_turn", ("prompt_ids", "images", "multimodal_fields", "num_generations"), COPIES),
     (GRPO, "_last_loaded_step", None, GREEDY),
     (ENGINE, "generation_kwargs", None, GREEDY),
     (ENGINE, "structured_outputs_regex", None, GREEDY),
@@ -73,13 +75,11 @@ def is_there(owner: str, name: str, takes: tuple[str, ...] | None) -> bool:
     if takes is not None:
         method = getattr(owner, name, None)
         return method is not None and (*signature(method).parameters,)[1:][: len(takes)] == takes
-    methods = [value for each in owner.__mro__ for value in vars(each).values() if isfunction(value)]
-    return hasattr(owner, name) or any(name in method.__code__.co_names for method in methods)
+    return re.search(rf"\b{name}\b", getsource(owner)) is not None
 
 
 def missing_for(trainer: type, uses_vllm: bool = True) -> set[str]:
-    """What is off in a trainer of this class, for lack of one of `PRIVATE` in the installed versions; prints it.
-    BadInput where nothing can be done without it."""
+    """What is off, as the installed versions lack one of `PRIVATE`; prints it. BadInput where nothing goes without."""
     off = set()
     for owner, name, takes, serves in PRIVATE:
         is_used = owner not in (GRPO, ENGINE) or issubclass(trainer, trl.GRPOTrainer)
@@ -102,13 +102,27 @@ class _Recipe:
 
     def __init__(self, model: str, run, off: set[str] | None = None, **kwargs):
         self.off = missing_for(type(self)) if off is None else off
+        args, start, options = kwargs["args"], model, kwargs["args"].model_init_kwargs
         try:
-            super().__init__(model, **kwargs)
+            if args.adapter == "train":
+                quantization, kwargs["peft_config"] = kwargs.pop("quantization_config", None), None
+                start, args.model_init_kwargs = _load_adapter(model, args, quantization_config=quantization), None
+                # a KL term's reference is a copy; with both in a checkpoint Transformers would load the reference alone
+                start.save_pretrained = partial(start.save_pretrained, selected_adapters=["default"])
+            elif args.adapter:
+                start = f"{args.output_dir}/merged"
+                processes.on_main(merge_adapter, model, Path(start), args, kwargs["processing_class"])
+            super().__init__(start, **kwargs)
+            args.model_init_kwargs = options
         except BadInput:
             raise
         except (OSError, ValueError, ImportError, HTTPError, SafetensorError) as error:
-            message = trouble(error, "model", model, ELSEWHERE) or str(error).strip()
-            raise BadInput(f"{type(self).__name__} cannot be built for model {model!r}: {message}") from error
+            message = trouble(error, "model", base_of(model), ELSEWHERE) or str(error).strip()
+            raise BadInput(f"{type(self).__name__} cannot be built for model {base_of(model)!r}: {message}") from error
+        for config in getattr(self.model, "peft_config", {}).values():
+            if is_path(base := config.base_model_name_or_path):  # to be found from any folder
+                config.base_model_name_or_path = str(Path(base).absolute())
+        mend_generation_config(self.model)
         self.run = run
         self.model_name = self.model.config.name_or_path
         self.model_revision = getattr(self.model.config, "_commit_hash", None)  # of a model on the Hub
@@ -117,6 +131,8 @@ class _Recipe:
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+            if args.adapter == "train":  # again, as TRL's cast has rounded it
+                self.model.load_adapter(model, "default", is_trainable=True)
         self.step_losses = []  # since the last optimizer step
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
@@ -130,16 +146,15 @@ class _Recipe:
 
     def train(self, resume_from_checkpoint: str | None = None):
         """TRL's; after a signal it ends with the command that resumes. A checkpoint of the last step is only loaded."""
+        if resume_from_checkpoint:  # from another run's, maybe: run.json says so to `auto`, however soon this one dies
+            self.run.begin(self.model_revision, self.off)
         if resume_from_checkpoint and not has_steps_left(self.args):
             return self._take_last(Path(resume_from_checkpoint))
         result = super().train(resume_from_checkpoint=resume_from_checkpoint)
         if self.guard.heard and self.state.global_step < self.state.max_steps:
-            raise RunStopped(
-                f"{self.guard.heard.name}: saved {self.args.output_dir}/checkpoint-{self.state.global_step}. Resume "
-                f"with\n  {resume_command()}",
-                status=128 + self.guard.heard,
-                outcome="stopped",
-            )
+            saved = f"saved {self.args.output_dir}/checkpoint-{self.state.global_step}"
+            message = f"{self.guard.heard.name}: {saved}. Resume with\n  {resume_command()}"
+            raise RunStopped(message, status=128 + self.guard.heard, outcome="stopped")
         if self.is_fsdp_enabled:  # the final policy is one ordinary folder, however checkpoints are sharded
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         return result
@@ -149,7 +164,6 @@ class _Recipe:
         if holds_shards(checkpoint):
             raise RunStopped(f"{checkpoint} is the run's last step: its shards have to be put together by hand")
         print(f"{checkpoint} is the last step: its policy is saved as the final one")
-        self.run.begin(self.model_revision, self.off)
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
@@ -162,8 +176,7 @@ class _Recipe:
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         scratch, is_main = folder / SCRATCH, processes.is_main()
         check_weights(self.model, f"the policy after step {self.state.global_step}")
-        # a signal and an epoch's end can both ask for the same one
-        is_there = processes.on_main(lambda: (folder / name).is_dir() and flaw(folder / name) is None)
+        is_there = processes.on_main(lambda: flaw(folder / name) is None)  # a signal and an epoch's end may both ask
         try:
             if is_main:
                 shutil.rmtree(scratch, ignore_errors=True)  # what a killed run left
@@ -187,10 +200,8 @@ class _Recipe:
             if processes.is_of_a_peer(error):
                 raise
             free = memory.gigabytes(shutil.disk_usage(folder).free)
-            raise RunStopped(
-                f"saving {name} failed: {_first_line(error)} ({free} free in {folder}). {kept(folder)}. Free some "
-                f"space, then resume with\n  {resume_command()}"
-            ) from error
+            failed = f"saving {name} failed: {_first_line(error)} ({free} free in {folder}). {kept(folder)}"
+            raise RunStopped(f"{failed}. Free some space, then resume with\n  {resume_command()}") from error
         finally:
             self._saves_to = None
             if is_main:
@@ -221,6 +232,29 @@ class _Recipe:
         return f"{_first_line(error)}. {what} later say: {upload}"
 
 
+def _load_adapter(name: str, settings, **options) -> PeftModel:
+    """An adapter on its model, with LORA_DROPOUT in place of its own."""
+    config = PeftConfig.from_pretrained(name)
+    config.lora_dropout = settings.lora_dropout
+    options |= {"trust_remote_code": settings.trust_remote_code, **settings.model_init_kwargs}
+    model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **options)
+    return PeftModel.from_pretrained(model, name, config=config, is_trainable=True)
+
+
+def merge_adapter(name: str, folder: Path, settings, tokenizer, generation_config=None) -> None:
+    """Merge an adapter into its model, loaded again (4-bit weights cannot hold the sum), in `folder`, maybe its own."""
+    unset_hf_deepspeed_config()  # ZeRO-3 would split the model among processes that are not here
+    model = _load_adapter(name, settings).merge_and_unload()
+    model.generation_config = generation_config or model.generation_config
+    mend_generation_config(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in (*folder.glob("adapter_*"), folder / "README.md"):  # PEFT's card is the adapter's
+        path.unlink(missing_ok=True)
+    to_disk(folder, WEIGHTS)
+    print(f"merged: the adapter {printable(name)} into its model, in {printable(str(folder))}")
+
+
 def _first_line(error: Exception) -> str:
     return printable(str(error).strip().partition("\n")[0].rstrip(".") or repr(error))
 
@@ -241,14 +275,22 @@ class GRPOTrainer(_Recipe, LeanStep, trl.GRPOTrainer):
             # TRL picks 29500 if it is free, and vLLM listens there seconds later: of two runs begun together one fails
             os.environ.setdefault("MASTER_PORT", str(get_free_port()))
             atexit.register(processes.leave_groups)  # however the run ends
-        super().__init__(model, run, off, args=args, reward_funcs=list(map(finite, reward_funcs)), **kwargs)
+        reward_funcs = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        check_reward_functions(reward_funcs, kwargs["train_dataset"].column_names, args.trust_remote_code)
+        super().__init__(model, run, off, args=args, reward_funcs=reward_funcs, **kwargs)
+        names = self.reward_func_names  # by which TRL logs: two partials of one function need two
+        self.reward_func_names = [f"{name}_{i}" if name in names[:i] else name for i, name in enumerate(names)]
+        self.reward_funcs = list(map(checked, self.reward_funcs, self.reward_func_names, [self] * len(names)))
         self.prepare_lean_step()
         if args.use_vllm:
+            kwargs = self.vllm_generation.generation_kwargs  # vLLM looks for EOS tokens in the model's folder alone
+            stops = [*self.eos_token_ids, *kwargs.get("stop_token_ids", ())]
+            self.vllm_generation.generation_kwargs = {**kwargs, "stop_token_ids": stops}
             if self.vllm_mode == "server" and processes.is_main():
                 served = self.vllm_generation.vllm_client.model
-                if Path(served).name != Path(model).name:  # the name is all that a server tells
-                    wrong = f"vLLM's server holds {served!r}, and this run trains {model!r}"
-                    raise BadInput(f"{wrong}: start it with --model {model}, or --served-model-name {model}")
+                if Path(served).name != Path(name := self.model_name).name:  # the name is all that a server tells
+                    wrong = f"vLLM's server holds {served!r}, and this run trains {name!r}"
+                    raise BadInput(f"{wrong}: start it with --model {name}, or --served-model-name {name}")
             # vLLM's engine samples from the process' random state, and has just seeded it with a number of its own;
             # processes that share an engine must sample the same
             set_seed(args.seed + processes.rank() // args.vllm_tensor_parallel_size)
@@ -301,21 +343,21 @@ class GRPOTrainer(_Recipe, LeanStep, trl.GRPOTrainer):
         with self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
 
-    def answer_by_vllm(self, token_ids: list[list[int]]) -> list[tuple[list[int], bool]]:
-        """Greedy completions of B prompts by vLLM on the newest weights: token ids, and whether they are truncated."""
-        with _greedy(self.vllm_generation):
-            completions, _ = self._generate_single_turn(token_ids, None, {}, num_generations=1)
+    def answer_by_vllm(self, prompts: list[list[int]]) -> list[tuple[list[int], list[int], bool]]:
+        """Of B prompts, by vLLM on the newest weights: the prompt, its greedy completion, whether that is truncated."""
+        with _greedy(self.vllm_generation, self.eos_token_ids):
+            completions, _ = self._generate_single_turn(prompts, None, {}, num_generations=1)
         self._last_loaded_step = -1  # the next sampling loads the weights itself, into an empty cache of prefixes
-        return [(ids, ids[-1] not in self.eos_token_ids) for ids in completions]
+        return [(*pair, pair[1][-1] not in self.eos_token_ids) for pair in zip(prompts, completions, strict=True)]
 
 
 @contextmanager
-def _greedy(engine):
+def _greedy(engine, eos_token_ids: list[int]):
     """TRL's engine (`VLLMGeneration`) decodes greedily, and samples as before after that."""
     greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     # a request without a seed draws one from the process' random state, from which training would draw the next;
     # a server does not know the word `detokenize`
-    more = {"seed": 0, "detokenize": False} if engine.mode == "colocate" else {"seed": 0}
+    more = {"seed": 0, "stop_token_ids": eos_token_ids} | ({"detokenize": False} if engine.mode == "colocate" else {})
     greedy |= {"generation_kwargs": more, "structured_outputs_regex": None}
     before = {name: getattr(engine, name) for name in greedy}
     vars(engine).update(greedy)

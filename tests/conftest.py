@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,6 +76,15 @@ def write_jsonl(path: Path, rows: list) -> None:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
 
+def load_problems(name: str, config, split: str, question="question", answer="answer", drop_non_numeric=False):
+    """`support.problems.load_problems` of this data."""
+    from support import problems
+
+    data = {"dataset_name": name, "dataset_config": config, "drop_non_numeric": drop_non_numeric}
+    settings = SimpleNamespace(**data, question_column=question, answer_column=answer)
+    return problems.load_problems(settings, split)
+
+
 def problem(a: int, b: int) -> dict:
     return {"question": f"Otto has {a} nails and buys {b} more. How many?", "answer": f"{a} + {b}\n#### {a + b}"}
 
@@ -96,7 +106,6 @@ def tiny(data: Path, initializer_range: float, layers: int = 2):
     import demo
     from cold_start import target
     from rewards import to_prompt
-    from support.problems import load_problems
 
     problems, _ = load_problems(str(data), None, "train")
     solved = [(to_prompt(problem["question"]), target(problem["rationale"], problem["answer"])) for problem in problems]

@@ -3,9 +3,9 @@
 import re
 
 import pytest
+from conftest import load_problems
 
 import demo
-from support.problems import load_problems
 
 
 def test_the_problems_are_right_and_those_held_out_are_never_taught(tmp_path):

@@ -1,15 +1,17 @@
 """What a cold start shows: solutions that the rewards pay in full."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import GSM8K, cold_flags, write_jsonl
+from conftest import GSM8K, cold_flags, load_problems, write_jsonl
 
 import cold_start
+import train_grpo
 from cold_start import from_dataset, target
-from rewards import ONE_SHOT_ANSWER, REWARD_FUNCS
+from rewards import ONE_SHOT_ANSWER, REWARD_FUNCS, to_prompt
 from support.errors import BadInput
-from support.problems import examples_in, load_problems, load_tokenizer
+from support.problems import examples_in, load_tokenizer
 from support.settings import read_settings
 
 
@@ -24,6 +26,7 @@ def reward(text: str, gold: str) -> float:
         ("He has 3*4=<<3*4=12>>12 eggs.\nThat is all.", "12", "a calculator annotation"),
         ("It costs $1,080.", "1,080", "a comma in the gold answer"),
         ("  \nShe owes 5.\n\n", "-5", "a sign, and blank lines around"),
+        ("It costs 18.", "$18.00", "a whole number of dollars"),
         ("a << b and c >> d", "1", "signs that are no annotation"),
     ],
 )
@@ -60,13 +63,46 @@ def test_a_solution_without_a_rationale_is_not_shown(babbler, tmp_path, capsys):
     samples, _ = cold_start.load_samples(settings, tokenizer)
     examples = from_dataset(samples, settings, tokenizer)
     assert all("It is" in example["completion"][0]["content"] for example in examples)
-    assert "4 of 8 solutions cannot be shown" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "8 problems to choose from; 0 dropped, the prompt over MAX_PROMPT_LENGTH" in out
+    assert "4 of 8 solutions cannot be shown" in out
+
+
+def test_a_decimal_answer_is_shown_as_it_is():
+    assert "<answer>\n0.75\n</answer>" in target("3 of 4.", "$0.75")
+
+
+def test_plain_answers_have_no_rationale_to_show(babbler, tmp_path, capsys):
+    """Said before the model loads, with what to do instead."""
+    write_jsonl(tmp_path / "train.jsonl", [{"question": f"What is {a}?", "answer": a} for a in range(8)])
+    message = r"no answer in .* has a rationale in front of '####' .* SOURCE = 'self' shows the model's own"
+    with pytest.raises(SystemExit, match=message):
+        cold_start.main(cold_flags(babbler, tmp_path, tmp_path / "run", examples=4))
+    assert not (tmp_path / "run").exists()
+    words = cold_flags(babbler, tmp_path, tmp_path / "run", examples=4, source="self")
+    settings = read_settings(vars(cold_start), words, cold_start.ColdStartSettings)
+    samples, _ = cold_start.load_samples(settings, load_tokenizer(str(babbler)))
+    assert sorted(sample["answer"] for sample in samples) == list("01234567")
+
+
+def test_what_was_shown_is_left_out_behind_an_adapter_too(tmp_path):
+    """As in a checkpoint of a cold start with LoRA, whose examples are one folder up; or an adapter on what it left."""
+    checkpoint, later = tmp_path / "cold" / "checkpoint-3", tmp_path / "later"
+    for folder, base in ((checkpoint, "me/model"), (later, str(tmp_path / "cold"))):
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    samples = [{"prompt": to_prompt(question)} for question in ("Why?", "How?")]
+    write_jsonl(tmp_path / "cold" / "examples.jsonl", [{**samples[0], "completion": []}])
+    for folder in (checkpoint, later):
+        run = SimpleNamespace(model_name_or_path=str(folder), reuse_shown=False)
+        assert train_grpo.without_shown(samples, run) == samples[1:]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"examples": 33}, "EXAMPLES is 33, but only 32 solutions of 32 can be shown"),
+        ({"examples": 8, "max_prompt_length": 5}, "all 32 prompts are over MAX_PROMPT_LENGTH = 5 tokens: raise it"),
         ({"examples": 8, "max_completion_length": 5}, "only 0 solutions of 32 can be shown; the others are longer"),
     ],
 )
@@ -80,10 +116,13 @@ def test_too_many_examples_are_an_error_before_the_model_loads(changes, message,
     ("words", "message"),
     [
         (["--examples", "0"], "EXAMPLES is 0; it must be a whole number, at least 1"),
-        (["--source", "teacher"], "SOURCE is 'teacher'; it must be 'dataset' or 'self'"),
+        (["--source", "teacher"], "SOURCE is 'teacher'; it must be one of: dataset, self"),
         (["--num_train_epochs", "0"], "NUM_TRAIN_EPOCHS is 0.0; it must be above 0"),
         (["--lora_r", "8"], "--lora_r has no effect without --use_peft true"),
         (["--num_generations", "8"], "unknown flag or stray value '--num_generations'"),
+        (["--max_length", "20"], "leave out --max_length: it truncates solutions"),
+        (["--chat_template_path", "x"], "leave out --chat_template_path: what is taught is checked in"),
+        (["--completion_only_loss", "false"], "prompts would be taught as well"),
         (["--load_in_4bit", "true"], "--use_peft true"),
     ],
 )

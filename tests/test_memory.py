@@ -103,6 +103,14 @@ def test_the_largest_pass_is_no_larger_than_a_step_and_no_smaller_than_a_row(mod
     assert trls["activations"] == pytest.approx(64 * row), "TRL computes all of them at once"
 
 
+def test_an_adapter_that_is_trained_further_has_its_own_size(policy, data, tmp_path):
+    LoraConfig(r=3, target_modules=["q_proj"], base_model_name_or_path=str(policy)).save_pretrained(tmp_path / "lora")
+    words = conftest.flags(tmp_path / "lora", data, tmp_path / "run", adapter="train")
+    shapes = memory._on_meta_device(conftest.settings(*words))
+    assert sum(p.numel() for p in shapes.parameters() if p.requires_grad) == 2 * 3 * (64 + 64)
+    assert {p.device.type for p in shapes.parameters()} == {"meta"}
+
+
 def test_lora_holds_gradients_and_moments_of_the_adapter_alone(model, tmp_path):
     model = get_peft_model(model, LoraConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     sides = 2 * (1536 + 1536) + 2 * (1536 + 256) + 2 * (1536 + 8960) + (8960 + 1536)

@@ -8,6 +8,8 @@ import torch
 from conftest import flags, problem, refused, write_jsonl
 
 import train_grpo
+from support.errors import BadInput
+from support.evaluation import check_weights
 from support.generation import vllm_obstacle
 from support.record import read_run
 
@@ -45,12 +47,61 @@ MISTAKES = [
     (["--resume_from_checkpoint", "./nowhere"], ["no such folder"], "a checkpoint that is not there"),
     (["--eval_strategy", "steps"], ["evaluate.py"], "an eval that this recipe does not run"),
     (["--use_vllm", "true"], ["USE_VLLM"], "vLLM without a GPU"),
-    (["--demo"], ["--demo is a command of its own: python demo.py"], "what was typed until now"),
+    (["--demo"], ["'--demo'; try python demo.py"], "what was typed until now"),
+    (["--cold_start_examples", "64"], ["try python cold_start.py, then train_grpo.py"], "what was typed until now"),
+    (["--torch_dtype", "float32"], ["'--torch_dtype'; try --dtype"], "the older name"),
+    (["--model", "x"], ["'--model'; try --model_name_or_path"], "other trainers' name"),
+    (["--lr", "1"], ["'--lr'; try --learning_rate"], "other trainers' name"),
+    (["--warmup_ratio=0.1"], ["try --warmup_steps, which below 1 is a share of all steps"], "the older name"),
+    (["--use_liger_loss", "true"], ["'--use_liger_loss'; try --use_liger_kernel"], "the older name"),
+    (["--no-cuda"], ["'--no-cuda'; try --use_cpu"], "the older name"),
+    (["--loss_type", "foo"], ["LOSS_TYPE is 'foo'; it must be one of: dapo"], "seen at the first loss"),
     (
-        ["--cold_start_examples", "64"],
-        ["--cold_start is a command of its own: python cold_start.py, then train_grpo.py"],
-        "what was typed until now",
+        ["--scale_rewards", "foo"],
+        ["SCALE_REWARDS is 'foo'; it must be one of: group, batch, none"],
+        "seen after sampling",
     ),
+    (
+        ["--importance_sampling_level", "foo"],
+        ["IMPORTANCE_SAMPLING_LEVEL", "token, sequence"],
+        "seen at the first loss",
+    ),
+    (["--multi_objective_aggregation", "x"], ["sum_then_normalize, normalize_then_sum"], "seen after sampling"),
+    (["--vllm_importance_sampling_mode", "x"], ["VLLM_IMPORTANCE_SAMPLING_MODE"], "seen after sampling"),
+    (["--vllm_mode", "remote"], ["VLLM_MODE is 'remote'; it must be one of: colocate, server"], "no such mode"),
+    (
+        ["--use_peft", "true", "--lora_alpha", "0"],
+        ["LORA_ALPHA is 0; it must be above 0"],
+        "an adapter that adds nothing",
+    ),
+    (["--use_peft", "true", "--lora_dropout", "1"], ["LORA_DROPOUT"], "all is dropped"),
+    (["--top_p", "0"], ["TOP_P is 0.0; it must be above 0 and at most 1"], "greedy, unseen"),
+    (["--top_p", "2"], ["TOP_P is 2.0"], "no share"),
+    (["--top_k", "-1"], ["TOP_K is -1; it must be a whole number, or 0"], "vLLM's way to turn it off"),
+    (["--min_p", "2"], ["MIN_P is 2.0; it must be from 0 to 1, or None"], "seen at the first token"),
+    (["--repetition_penalty", "0"], ["REPETITION_PENALTY is 0.0; it must be above 0"], "seen at the first token"),
+    (["--epsilon", "-1"], ["EPSILON is -1.0; it must be 0 or above"], "clips each gradient away"),
+    (["--epsilon_high", "-1"], ["EPSILON_HIGH is -1.0; it must be 0 or above, or None"], "clips each gradient away"),
+    (["--top_entropy_quantile", "0"], ["TOP_ENTROPY_QUANTILE"], "masks all tokens"),
+    (["--num_iterations", "0"], ["NUM_ITERATIONS"], "no update"),
+    (["--steps_per_generation", "0"], ["STEPS_PER_GENERATION"], "no update"),
+    (["--weight_decay", "-1"], ["WEIGHT_DECAY is -1.0"], "weights would grow"),
+    (["--warmup_steps", "nan"], ["WARMUP_STEPS is nan"], "no number of steps"),
+    (["--adam_beta1", "1"], ["ADAM_BETA1 is 1.0; it must be at least 0 and below 1"], "seen when training begins"),
+    (["--optim", "adamw_8bit"], ["--optim adamw_8bit", "install `bitsandbytes`"], "a package that is not there"),
+    (["--optim", "grokadamw"], ["pip install grokadamw"], "a package that is not there"),
+    (
+        ["--lr_scheduler_type", "cosine_with_min_lr"],
+        ["lr_scheduler_type cosine_with_min_lr: One of min_lr"],
+        "no floor",
+    ),
+    (["--lr_scheduler_kwargs", '{"floor": 0}'], ["unexpected keyword argument 'floor'"], "no such setting"),
+    (["--use_liger_kernel", "true"], ["pip install liger_kernel"], "a package that is not there"),
+    (["--remove_unused_columns", "true"], ["leave out --remove_unused_columns"], "rewards read the answers"),
+    (["--use_transformers_continuous_batching", "true"], ["fp32 weights into bf16"], "updates round away"),
+    (["--use_transformers_paged", "true"], ["fp32 weights into bf16"], "its older name"),
+    (["--chat_template_kwargs", "{'a': False}"], ["CHAT_TEMPLATE_KWARGS", "JSON like"], "a Python dict"),
+    (["--generation_kwargs", "[1]"], ["GENERATION_KWARGS is '[1]'; it must be JSON like"], "a list"),
     (["--config", "nowhere.yaml"], ["nowhere.yaml"], "no config file"),
     (["--config"], ["train_grpo.py:"], "a flag without its value"),
     (["--report_to", "mlflow"], ["pip install mlflow"], "a tracker that is not installed"),
@@ -95,7 +146,14 @@ def test_a_mistake_is_explained_before_anything_loads(words, messages, reason, t
         ("num_generations: [4]", "NUM_GENERATIONS is [4]"),
         ("\tseed: 1", "found character"),
         ("just words", "must contain a YAML mapping"),
-        ("demo: true", "--demo"),
+        ("demo: true", "'--demo'; try python demo.py"),
+        ("learning-rate: 1e-6", "'--learning-rate'; try --learning_rate"),
+        ("torch_dtype: bfloat16\ntop_p: 2", "'--torch_dtype'; try --dtype"),
+        ("torch_dtype: bfloat16\ntop_p: 2", "TOP_P is 2"),
+        ("reward_weights: [1, x]", "REWARD_WEIGHTS is [1, 'x']"),
+        ("generation_kwargs: [1]", "GENERATION_KWARGS is [1]; it must be JSON like"),
+        ("lr_scheduler_kwargs: {floor: 1e-7}", "unexpected keyword argument 'floor'"),
+        ("lora_target_modules: q_proj", "--lora_target_modules has no effect without --use_peft true"),
     ],
 )
 def test_a_bad_config_file_is_explained(text, message, tmp_path, capsys):
@@ -125,6 +183,37 @@ def test_no_run_is_overwritten_by_a_detour(tmp_path, monkeypatch, capsys):
     assert read_run(tmp_path / "finished" / "checkpoint-3") == {"outcome": "finished"}
     assert read_run(tmp_path / "finished" / "more") == {}, "a folder in it is not that run"
     assert "is a file" in refused(capsys, 2, [*cpu, "--output_dir", tmp_path / "notes" / "mine.txt"])
+
+
+@pytest.mark.parametrize("config", ["{", "{}", "[]"])
+def test_a_damaged_adapters_file_is_named(config, data, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text(config)
+    assert f"into {tmp_path / 'adapter_config.json'}" in refused(capsys, 2, flags(tmp_path, data, tmp_path / "run"))
+
+
+def test_an_adapters_folder_asks_what_to_do_with_it(policy, tmp_path, capsys):
+    def error(model, *words) -> str:
+        words = ["--model_name_or_path", model, "--output_dir", tmp_path / "run", "--temperature", "0", *words]
+        message = refused(capsys, 2, ["--use_cpu", "true", *words])
+        assert "TEMPERATURE is 0.0" in message, "with all other errors"
+        return message
+
+    path = tmp_path / "lora" / "adapter_config.json"
+    write_jsonl(path, [{"peft_type": "LORA", "base_model_name_or_path": str(policy)}])
+    assert f"is a LoRA adapter on {policy}: say --adapter train to train it further, or --adapter merge" in error(
+        path.parent
+    )
+    assert "ADAPTER is 'both'; it must be 'train', 'merge' or None" in error(path.parent, "--adapter", "both")
+    assert "ADAPTER has no effect" in error(policy, "--adapter", "merge")
+    idle = error(path.parent, "--adapter", "train", "--lora_r", "8", "--use_dora", "true", "--lora_dropout", "0.1")
+    assert "--lora_r has no effect with --adapter train: the adapter has its own" in idle
+    assert "--use_dora has no effect" in idle
+    assert "--lora_dropout" not in idle
+    write_jsonl(path, [{"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "gone")}])
+    gone = f"an adapter, whose model '{tmp_path / 'gone'}' is not there. Put it back, or its place"
+    assert gone in error(path.parent, "--adapter", "train")
+    with pytest.raises(BadInput, match="is not there"):
+        check_weights(str(path.parent))
 
 
 def test_all_errors_are_reported_together(tmp_path, capsys):

@@ -81,6 +81,19 @@ def test_an_ordinary_steps_line_has_room_for_the_gradient():
     assert line.endswith("length 212 truncated 12% no signal 25% tokens 71% entropy .34 grad .13 3.4 s")
 
 
+@pytest.mark.parametrize(
+    "own", [["brevity_reward_func"], ["a_reward_with_quite_a_long_name"] * 3, [f"own_{i}" for i in range(30)]]
+)
+def test_rewards_of_a_users_own_stay_in_a_steps_line(own):
+    names = [*(function.__name__ for function in REWARD_FUNCS), *(f"{name}{i}" for i, name in enumerate(own))]
+    shares = {"completions/clipped_ratio": 0.12, "frac_reward_zero_std": 0.25, "computed_tokens": 0.71}
+    numbers = {"reward": 2.375, "reward_std": 0.8391, "completions/mean_length": 211.6, "step_time": 3.44}
+    paid = {f"rewards/{name}/mean": -2.5 for name in names}
+    line = step_line(940, 1868, {**paid, **shares, **numbers, "entropy": 0.34, "grad_norm": 0.127})
+    assert line.count("-2.50") == len(names)
+    assert line.endswith(") 3.4 s") or len(line) <= progress.WIDTH
+
+
 def test_after_ten_steps_without_signal_one_warning_says_what_to_type(capsys):
     run = Progress(None, SimpleNamespace(sample_every=0))
     run.training_bar = SimpleNamespace(write=print)

@@ -88,6 +88,11 @@ INT = [
     ("-5", 0.5, "negative: GSM8K has some; the original's isdigit refused it"),
     ("1,080", 0.5, "thousands comma: GSM8K has 93"),
     ("-1,080,000", 0.5, "both"),
+    ("−5", 0.5, "U+2212, the minus of formulas"),
+    ("–1,080", 0.5, "an en dash in its place"),
+    ("—5", 0.0, "an em dash is none"),
+    ("5-3", 0.0, "nor is arithmetic an integer"),
+    ("€5", 0.0, "any currency"),
     ("007", 0.5, "leading zeros"),
     ("9" * 32, 0.5, "32 characters"),
     ("9" * 33, 0.0, "33: too long to be an answer"),
@@ -120,6 +125,12 @@ SAME_NUMBER = [
     ("50%.", "50", True, "per cent at a sentence's end"),
     ("-$5", "-5", True, "sign before the currency"),
     ("$-5", "-5", True, "and after it"),
+    ("−5", "-5", True, "U+2212, the minus of formulas"),
+    ("–$1,080.00", "-1080", True, "an en dash in its place"),
+    ("£−5", "-5", True, "behind the currency"),
+    ("€540", "540", True, "GSM8K asks for euros"),
+    ("£1,080.50.", "1080.5", True, "and for pounds"),
+    ("−5", "5", False, "that sign matters too"),
     ("-5", "5", False, "sign matters"),
     ("-0", "0", True, "zero has none"),
     (" \n72\t", "72", True, "white space around"),
@@ -137,6 +148,11 @@ SAME_NUMBER = [
     ("inf", "inf", False, "nor this"),
     ("10,80", "1080", False, "comma in the wrong place"),
     ("$$5", "5", False, "one currency sign"),
+    ("$-€5", "-5", False, "one of any kind"),
+    ("-−5", "-5", False, "one minus of any kind"),
+    ("—5", "-5", False, "an em dash is no minus"),
+    ("¥5", "5", False, "other currencies"),
+    ("5-3", "2", False, "arithmetic"),
     ("-$-5", "-5", False, "one minus sign"),
     ("5$", "5", False, "currency comes first"),
     (".5", "0.5", False, "digits come first"),
@@ -286,7 +302,7 @@ def test_hostile_text_of_50_000_characters_neither_raises_nor_stalls(text):
 
 def test_random_text_of_tags_and_numbers_never_raises_and_pays_in_range():
     rng = random.Random(0)
-    pieces = [*rewards.TAGS, "\n", " ", "4", "-", "$", ",", ".", "%", "x", "١", "²", "1e9", "\x1b[2J"]
+    pieces = [*rewards.TAGS, "\n", " ", "4", "-", "−", "–", "$", "€", ",", ".", "%", "x", "١", "²", "1e9", "\x1b[2J"]
     for _ in range(3000):
         text = "".join(rng.choices(pieces, k=rng.randrange(12)))
         total = sum(pay(func, text) for func in rewards.REWARD_FUNCS)

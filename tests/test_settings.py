@@ -5,6 +5,8 @@ import re
 import pytest
 from conftest import ROOT, refused, settings
 
+import cold_start
+import evaluate
 import train_grpo
 from support.settings import read_settings
 
@@ -34,7 +36,9 @@ def test_a_constant_that_is_no_flag_is_a_mistake(capsys):
     with pytest.raises(SystemExit) as exit:
         read_settings({**vars(train_grpo), "LEARNING_RTE": 1e-6}, ["--use_cpu", "true"])
     assert exit.value.code == 2
-    assert "the constant LEARNING_RTE is no flag" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the constant LEARNING_RTE is no flag" in error
+    assert "try --learning_rate" in error
 
 
 def test_a_constant_that_is_deleted_leaves_trls_default(policy, tmp_path):
@@ -99,6 +103,87 @@ def test_a_config_file_overrides_constants_and_flags_override_it(policy, tmp_pat
         "--model_name_or_path", policy, "--config", config, "--temperature", "0.8", "--output_dir", tmp_path / "run"
     )
     assert (args.learning_rate, args.temperature) == (3e-6, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("reward_weights: [1, 1, 1, 1, 2]", "reward_weights", [1, 1, 1, 1, 2]),
+        ("reward_weights: [1e-1, 2e+1]", "reward_weights", [0.1, 20]),  # which YAML 1.1 reads as text
+        ("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-7}", "lr_scheduler_kwargs", 1e-7),
+        ("lora_target_modules: all-linear", "lora_target_modules", "all-linear"),  # the default, which needs no LoRA
+        ("use_peft: true\nlora_target_modules: [q_proj, v_proj]", "lora_target_modules", ["q_proj", "v_proj"]),
+        ("chat_template_kwargs: {enable_thinking: false}", "chat_template_kwargs", {"enable_thinking": False}),
+        ("run_name: 1e5", "run_name", "1e5"),
+        ("scale_rewards: false", "scale_rewards", "none"),
+        ("scale_rewards: batch", "scale_rewards", "batch"),
+    ],
+)
+def test_a_config_files_value_is_what_its_flag_would_be(text, name, value, policy, tmp_path):
+    (tmp_path / "sweep.yaml").write_text(text + "\n")
+    got = settings(
+        "--model_name_or_path", policy, "--output_dir", tmp_path / "run", "--config", tmp_path / "sweep.yaml"
+    )
+    assert getattr(got, name) == ({"min_lr": value} if name == "lr_scheduler_kwargs" else value)
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--scale_rewards", "False"], "scale_rewards", "none"),
+        (["--scale_rewards", "true"], "scale_rewards", "group"),
+        (["--max_grad_norm", "0"], "max_grad_norm", 0),
+        (["--top_k", "0"], "top_k", 0),
+        (["--chat_template_kwargs", '{"enable_thinking": false}'], "chat_template_kwargs", {"enable_thinking": False}),
+        (["--loss_type", "vespo"], "loss_type", "vespo"),
+        (["--optim", "adafactor"], "optim", "adafactor"),
+    ],
+)
+def test_what_is_right_is_taken(words, name, value, policy, tmp_path):
+    assert getattr(settings("--model_name_or_path", policy, "--output_dir", tmp_path, *words), name) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--use_vllm", "False"], "use_vllm", False),
+        (["--use_vllm", "true"], "use_vllm", True),
+        (["--one_shot", "True"], "one_shot", True),
+        (["--chat_template_kwargs", '{"enable_thinking": false}'], "chat_template_kwargs", {"enable_thinking": False}),
+    ],
+)
+def test_evaluate_takes_what_the_trainings_take(words, name, value, tmp_path):
+    assert getattr(evaluate.read_task([str(tmp_path), *words]), name) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--use_vllm", "maybe"], "argument --use_vllm: Truthy value expected"),
+        (["--chat_template_kwargs", "{'a': False}"], "argument --chat_template_kwargs: invalid json_object value"),
+        (["--chat_template_kwargs", "5"], "argument --chat_template_kwargs: invalid json_object value"),
+        (["--max_prompt_length", "256"], "try without it: prompts of any length are answered"),
+        (["--max_new_tokens", "9"], "'--max_new_tokens'; try --max_completion_length"),
+        (["--dataset_nam", "x"], "'--dataset_nam'; try --dataset_name"),
+    ],
+)
+def test_evaluate_names_the_flag_that_was_meant(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.read_task([str(tmp_path), *words])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_cold_start_is_told_of_its_settings_too(tmp_path, capsys):
+    words = ["--use_cpu", "true", "--output_dir", str(tmp_path / "run"), "--optim", "adamw_8bit", "--adam_beta2", "1"]
+    with pytest.raises(SystemExit) as exit:
+        cold_start.main([*words, "--example", "8", "--loss_type", "nll", "--remove_unused_columns", "true"])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    for message in ("install `bitsandbytes`", "ADAM_BETA2 is 1.0", "'--example'; try --examples"):
+        assert message in error
+    assert "LOSS_TYPE" not in error, "nll is one of SFT's"
+    assert "--remove_unused_columns" not in error
 
 
 def test_help_lists_the_recipes_and_trls_flags(capsys):

@@ -6,13 +6,13 @@ import signal
 
 import pandas as pd
 import pytest
-from conftest import cold_flags, ended, flags, identical, launch, start, until, weights
+from conftest import cold_flags, ended, flags, identical, launch, load_problems, start, until, weights
 
 import cold_start
 import evaluate
 import train_grpo
 from rewards import ONE_SHOT_ANSWER, ONE_SHOT_QUESTION, REWARD_FUNCS
-from support.problems import examples_in, load_problems, load_tokenizer
+from support.problems import examples_in, load_tokenizer
 from support.record import Run
 from support.settings import read_settings
 
@@ -55,7 +55,8 @@ def test_it_prints_what_it_shows_a_line_a_step_and_what_to_type_next(cold):
     run, done = cold
     assert "24 examples, source 'dataset'. The first:\n<reasoning>\n" in done.stdout
     assert "step 5/120  loss " in done.stdout
-    assert done.stdout.splitlines()[-1] == f"next:  python train_grpo.py --model_name_or_path {run}"
+    command = f"python train_grpo.py --model_name_or_path {run} --dataset_name "
+    assert done.stdout.splitlines()[-1].startswith(f"next:  {command}")
     assert json.loads((run / "run.json").read_text())["outcome"] == "finished"
     assert (run / "cold_start.py").is_file(), "as it ran"
 

@@ -64,6 +64,21 @@ def test_the_titles_say_what_people_look_for_and_rewards_share_one_scale():
     assert {line.get_ydata()[-1] for line in axes.lines} == {1.0}, "each as a share of what it pays"
 
 
+def test_rewards_of_a_users_own_are_drawn_as_they_are_paid_beside_the_total():
+    own = {"rewards/brevity/mean": -40.0, "rewards/costs_$5/mean": 7.0, "rewards/never/mean": None}
+    log = [{**row, **own, "rewards/brevity/std": 1.0} for row in LOG]
+    axes = panels(log)["reward"]
+    assert labels(axes) == ["reward", "brevity", r"costs_\$5"]
+    assert {-40.0, 7.0} <= {line.get_ydata()[-1] for line in axes.lines}
+    assert axes.get_ylim()[0] <= -40
+    many = {f"rewards/own_{i}/mean": float(i) for i in range(20)}
+    assert len(labels(panels([row | many for row in LOG])["reward"])) == 21
+    assert labels(panels(LOG)["format first, then correctness"]) == labels(
+        panels(log)["format first, then correctness"]
+    )
+    assert labels(overlay({"one": log, "other": LOG}).axes[0]) == ["reward", "brevity", r"costs_\$5"]
+
+
 def test_the_name_of_a_run_is_no_formula():
     picture = curves.figure("outputs/$two$\x1b", LOG)
     (title,) = [text for text in picture.texts if "two" in text.get_text()]

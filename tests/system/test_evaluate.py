@@ -11,15 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import launch, problem, start, write_jsonl
+from conftest import GSM8K, launch, load_problems, problem, start, write_jsonl
 
 import evaluate
 from benchmarks import side_by_side
-from rewards import SYSTEM_PROMPT, to_prompt
+from rewards import SYSTEM_PROMPT, same_number, to_prompt
 from support import comparison, evaluation, generation
 from support.errors import BadInput
 from support.generation import vllm_obstacle
-from support.problems import load_problems, load_tokenizer
+from support.problems import load_tokenizer
 
 GOOD = "<reasoning>\nOne and 3.\n</reasoning>\n<answer>\n4\n</answer>"
 
@@ -54,12 +54,66 @@ KEYS = [
         ("so -4", "-4", "a sign"),
         ("9-4", "4", "a minus between numbers is no sign"),
         ("<answer>\n4\n</answer>", "4", "in tags"),
+        ("10-3 = 7", "7", "arithmetic"),
+        ("10−3", "3", "with U+2212"),
+        ("pages 5–10", "10", "an en dash between numbers"),
+        ("10 - 3", "3", "with blanks"),
+        ("(10)-3", "3", "behind a bracket"),
+        ("100%-40", "40", "behind a per cent"),
+        ("so −4", "-4", "U+2212, the minus of formulas"),
+        ("x = − 4", "-4", "and a blank behind it"),
+        ("- 5 eggs\n- 6 eggs", "6", "a list has no signs"),
+        ("a loss of -\\$4", "-$4", "an escaped dollar"),
+        ("She pays €540", "€540", "euros"),
+        ("18 cm^2", "18", "an exponent of a unit"),
+        ("18 m^{-2}", "18", "in braces"),
+        ("18 cm2", "18", "without its sign"),
+        ("18 ft3", "18", "of feet"),
+        ("3 of RM20", "20", "a currency in letters"),
+        ("2^3 = 8", "8", "a power in arithmetic"),
+        ("2^3", "2^3", "a power alone is no number"),
+        ("$1\\,080$", "$1080", "TeX's thin space"),
+        ("1~080", "1080", "TeX's tie"),
+        ("1 080.50 in all", "1080.50", "a blank between thousands: GSM8K has 60"),
+        ("1\u202f080\xa0000", "1080000", "narrow and ordinary no-break spaces"),
+        ("1'080", "1080", "as in Switzerland"),
+        ("3 120-page books", "120", "two numbers"),
+        ("in 2024 100 people", "100", "two, as the first is too long to be thousands"),
+        ("it is .5", "0.5", "without a zero"),
+        ("-$.50", "-$0.50", "money without a zero"),
+        ("No.5", "5", "a full stop"),
+        ("so...5", "5", "dots"),
+        ("2:00 pm", "2", "a full hour"),
+        ("2:30 pm", "2:30", "is no number"),
+        ("Day 1:50", "50", "a heading"),
         ("four", None, "words"),
         ("", None, "empty"),
     ],
 )
 def test_last_number(text, number, reason):
     assert evaluation.last_number(text) == number, reason
+
+
+def as_written(gold: str) -> list[str]:
+    """A gold answer as a native answer may have it, in a box or without one."""
+    plain = gold.replace(",", "")
+    grouped = f"{int(plain):_}"
+    spaced = [grouped.replace("_", blank) for blank in ("~", "\\:", "\\,", "{,}", " ")]
+    dressed = [f"\\${gold}", f"{gold} \\text{{ cm}}^2", f"x = {gold}", f"{gold}\\%", f"£{gold}", gold.replace("-", "−")]
+    return [f"so \\boxed{{{each}}}." for each in (gold, plain, *spaced, *dressed)] + [f"= ${each}$" for each in spaced]
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="the real GSM8K is not there")
+def test_every_solution_of_gsm8k_is_read_as_its_gold_number():
+    texts = [json.loads(line)["answer"] for split in ("train", "test") for line in (GSM8K / f"{split}.jsonl").open()]
+    assert len(texts) == 8792
+    solutions = [(text, *text.split("\n#### ")) for text in texts]
+    assert all(same_number(evaluation.last_number(text), gold) for text, _, gold in solutions)
+    right = sum(same_number(evaluation.last_number(rationale), gold) for _, rationale, gold in solutions)
+    assert right == 8556, "the others end with something else, such as a check"
+    for gold in {gold for _, _, gold in solutions}:
+        for written in as_written(gold):
+            assert same_number(evaluation.native_answer(written), gold), written
 
 
 SCORES = [
@@ -205,7 +259,7 @@ def test_ask_prints_one_answer_and_writes_nothing(trained, capsys):
             marks=pytest.mark.skipif(vllm_obstacle() is None, reason="vLLM is there"),
         ),
         (["./nowhere", "--compare", "RUN"], "nowhere': no such folder"),
-        (["RUN", "--lim", "3"], "unrecognized arguments"),
+        (["RUN", "--lim", "3"], "unknown flag or stray value '--lim'; try --limit"),
         (["./nowhere", "--vllm_gpu_memory_utilization", "0"], "must be above 0 and at most 1"),
         (["./nowhere", "--vllm_gpu_memory_utilization", "30"], "must be above 0 and at most 1"),
         (["./nowhere", "--vllm_gpu_memory_utilization", "nan"], "must be above 0 and at most 1"),
@@ -502,11 +556,27 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_the_first_answer(babb
         (r"\boxed{1\,080}", "1080", "TeX's thin space"),
         (r"\boxed{50\%}", "50", "TeX's percent"),
         (r"\boxed{x = -4}", "-4", "an equation"),
+        (r"\boxed{18 \text{ cm}^2}", "18", "a unit with an exponent"),
+        (r"\boxed{18\,\mathrm{m}^{3}}", "18", "in braces"),
+        (r"\boxed{18^\circ}", "18", "degrees"),
+        (r"\boxed{1~080}", "1080", "TeX's tie"),
+        (r"\boxed{1\:080}", "1080", "TeX's medium space"),
+        (r"\boxed{1 080}", "1080", "a blank"),
+        (r"\boxed{1,\!080}", "1,080", "a comma without its space"),
+        (r"\boxed{-\$5}", "-$5", "a sign before TeX's dollar"),
+        (r"\boxed{−5}", "-5", "U+2212"),
+        (r"\boxed{ - 5 }", "-5", "blanks"),
+        (r"\boxed{10 - 5}", "5", "arithmetic"),
+        (r"\boxed{.5}", "0.5", "no zero"),
+        (r"\boxed{2:00 \text{ pm}}", "2", "a full hour"),
         (r"\boxed {\{72\}}", "72", "escaped braces"),
         (r"\boxed{5} and then \boxed{72", "5", "a truncated box is none"),
         (r"It is 72, \boxed{72", "72", "no box, the last number"),
         (r"4 \boxed{} 5", None, "an empty box holds no number"),
         (r"}} 72 {", "72", "stray braces"),
+        (r"$-\boxed{7}$", "-7", "the sign in front of the box"),
+        (r"9-\boxed{7}", "7", "a difference"),
+        (r"\boxed{1,\,080}", "1,080", "a comma and TeX's space"),
         ("", None, "empty"),
     ],
 )
@@ -518,6 +588,8 @@ def test_reading_a_box_takes_linear_time():
     started = time.perf_counter()
     assert evaluation.boxed_span("\\boxed{" * 200_000) is None
     assert evaluation.boxed_span("\\boxed{" * 100_000 + "7" + "}" * 100_000) == (7, 800_000)
+    for part in ("1", "1 000 ", "1,", "-", ".", "1:00", "$", "^{", "1{,}", " - ", "1-"):
+        evaluation.last_number(part * 50_000)
     assert time.perf_counter() - started < 5
 
 
@@ -573,6 +645,8 @@ def test_a_model_whose_template_cannot_say_the_prompt_is_told_from_the_others(po
     if TEMPLATES[message]:
         evaluate.main([*words, "--native"])
         assert (folder / "evaluation-native.json").is_file()
+        evaluate.main([*words, "--system_prompt_in_question", "true"])
+        assert json.loads((folder / "evaluation.json").read_text())["system_prompt_in_question"] is True
 
 
 # ---- mistakes

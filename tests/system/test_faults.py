@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import torch
 from conftest import (
     LONG,
     SLOW,
+    cold_flags,
     ended,
     flags,
     identical,
@@ -30,6 +32,7 @@ from conftest import (
 )
 from safetensors.torch import save_file
 
+import cold_start
 import rewards
 import train_grpo
 from support import memory
@@ -225,6 +228,58 @@ def test_nan_or_infinity_ends_the_run_before_the_weights_change(
     assert all(torch.isfinite(tensor).all() for tensor in weights(run / "checkpoint-4").values())
     assert not (run / "model.safetensors").exists()
     assert json.loads((run / "run.json").read_text())["outcome"].startswith("failed")
+
+
+def test_what_fails_before_its_first_step_leaves_nothing_in_the_way_of_the_right_command(
+    policy, data, tmp_path, monkeypatch, capsys
+):
+    """After the plan and the first generation, where most that is wrong with a reward or a setting shows."""
+    words = flags(policy, data, tmp_path / "run", eval_steps="0", max_steps="1")
+    with monkeypatch.context() as patch:
+        patch.setattr(rewards, "REWARD_FUNCS", [*rewards.REWARD_FUNCS, pay(math.nan, step=1)])
+        _, error = ended(capsys, 1, words)
+    assert "step 1: mine_reward_func paid nan" in error
+    assert not (tmp_path / "run").exists(), "TRL's folder for completions neither"
+    train_grpo.main(words)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "finished"
+    assert (tmp_path / "run" / "train_grpo.py").is_file()
+
+
+def test_a_run_that_fails_at_once_behind_anothers_checkpoint_still_knows_where_it_began(
+    undisturbed, policy, data, tmp_path, monkeypatch, capsys
+):
+    """Its last words are to resume with `auto`, which must not begin anew with the untrained policy."""
+    words = flags(policy, data, tmp_path / "run", **{**LONG, "eval_steps": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo, "build_trainer", spoil("loss", step=21))
+        _, error = ended(capsys, 1, [*words, "--resume_from_checkpoint", undisturbed / "checkpoint-20"])
+    assert "step 21: the loss is inf" in error
+    train_grpo.main([*words, "--resume_from_checkpoint", "auto"])
+    assert f"no checkpoint of its own yet, resuming from {undisturbed / 'checkpoint-20'}" in capsys.readouterr().out
+    assert identical(weights(undisturbed), weights(tmp_path / "run"))
+
+
+def test_a_cold_start_that_fails_before_its_first_step_leaves_no_trace(policy, data, tmp_path, monkeypatch, capsys):
+    words = cold_flags(policy, data, tmp_path / "run", num_train_epochs="1")
+    with monkeypatch.context() as patch:
+        patch.setattr(cold_start, "build_trainer", partial(spoil("loss", step=1), build=cold_start.build_trainer))
+        _, error = ended(capsys, 1, words, cold_start)
+    assert "step 1: the loss is inf" in error
+    assert not (tmp_path / "run").exists()
+    cold_start.main(words)
+    assert len((tmp_path / "run" / "examples.jsonl").read_text().splitlines()) == 24
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "finished"
+
+
+def test_a_folder_that_held_something_before_is_kept(policy, data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(rewards, "REWARD_FUNCS", [*rewards.REWARD_FUNCS, pay(math.nan, step=1)])
+    words = flags(policy, data, tmp_path / "run", eval_steps="0", max_steps="1")
+    ended(capsys, 1, words)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "run" / "run.json").exists()
+    ended(capsys, 1, words)
 
 
 def test_a_policy_that_blows_up_is_explained(policy, data, tmp_path, capsys):

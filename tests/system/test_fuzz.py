@@ -13,14 +13,14 @@ from unittest import mock
 
 import pytest
 import yaml
-from conftest import SMALL
+from conftest import SMALL, load_problems
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train_grpo
 from rewards import REWARD_FUNCS, TAGS, extract_xml_answer, parse_number
 from support.errors import BadInput
-from support.problems import load_problems, load_tokenizer
+from support.problems import load_tokenizer
 from support.settings import Settings, read_settings
 
 # the same inputs on every machine, however slow it is

@@ -1,5 +1,6 @@
 """The recipe as a user runs it: real processes, real TRL, a tiny policy."""
 
+import functools
 import json
 import re
 import shutil
@@ -7,15 +8,17 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from conftest import flags, identical, problem, refused, resumed_here, start, weights, write_jsonl
+from conftest import distance, flags, identical, problem, refused, resumed_here, start, weights, write_jsonl
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2ForSequenceClassification
 
 import evaluate
 import rewards
 import train_grpo
+from support import curves
 from support.checkpoints import checkpoints
+from support.problems import load_tokenizer
 
 
 def test_a_run_saves_checkpoints_the_policy_its_tokenizer_and_samples(trained, policy):
@@ -91,6 +94,57 @@ def test_rewards_of_a_users_own_are_trained_on_and_shown(policy, data, tmp_path,
     first, second = re.findall(r"^rewards:   (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert re.fullmatch(r"brevity -[\d.]+  at_first 1  = -?[\d.]+", first)
     assert re.fullmatch(r"brevity -[\d.]+  = -[\d.]+", second)
+
+
+async def near(completions, answer, reach, **kwargs):
+    """Pays for texts about as long as the gold answer."""
+    lengths = [len(completion[0]["content"]) for completion in completions]
+    return [float(abs(length - len(gold)) < reach) for length, gold in zip(lengths, answer, strict=True)]
+
+
+class Seen:
+    """Keeps the columns that it is called with."""
+
+    def __init__(self):
+        self.columns = {}
+
+    def __call__(self, prompts, completions, **columns):
+        asked = [prompt[-1]["content"] for prompt in prompts]
+        assert columns["question"] == asked
+        for name in ("level", "hints", "rationale", "answer"):
+            self.columns.setdefault(name, {}).update(zip(asked, columns[name], strict=True))
+        assert not {"image", "prompt", "completion"} & columns.keys()
+        return [1.0] * len(prompts)
+
+
+def test_rewards_in_all_of_trls_forms_get_the_datas_columns_and_are_drawn(policy, data, tmp_path, monkeypatch, capsys):
+    """Two partials of one coroutine, an object, a reward model; columns of mixed kinds, not in every row, or TRL's."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(policy, num_labels=1)
+    config.save_pretrained(tmp_path / "judge")
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    load_tokenizer(str(policy)).save_pretrained(tmp_path / "judge")
+    more = [{}, {"level": "hard"}, {"level": 3, "hints": {"count": 2}}, {"level": None, "image": "shelf.png"}]
+    rows = [{**problem(a, 5), **more[a % 4]} for a in range(8)]
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    seen, forms = Seen(), [functools.partial(near, reach=2), functools.partial(near, reach=3)]
+    monkeypatch.setattr(rewards, "REWARD_FUNCS", [*rewards.REWARD_FUNCS, *forms, seen, str(tmp_path / "judge")])
+    run = tmp_path / "run"
+    train_grpo.main(flags(policy, tmp_path / "data", run, max_steps="2", eval_steps="0", num_generations="2"))
+    out = capsys.readouterr().out
+    assert "columns that rewards do not get, as TRL uses the names: image\n" in out
+    for name in ("level", "hints"):
+        assert seen.columns[name] == {row["question"]: row.get(name) for row in rows}
+    assert seen.columns["answer"] == {row["question"]: row["answer"].split()[-1] for row in rows}
+    assert re.search(
+        r"^step 2/2 .* near (1\.0|\.\d)\d near_6 (1\.0|\.\d)\d Seen 1\.00 judge -?\d?\.\d\d\)", out, re.MULTILINE
+    )
+    table = pd.read_parquet(run / "completions" / "completions_00002.parquet")
+    assert {"near", "near_6", "Seen", "judge"} <= set(table)
+    assert table["judge"].nunique() > 1
+    panel = curves.figure("run", curves.read_log(run)).axes[0]
+    drawn = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert drawn == ["reward", "Seen", "judge", "near", "near_6"]
 
 
 def test_a_run_says_what_it_saved_and_what_to_type_next(trained):
@@ -173,7 +227,7 @@ def test_an_output_folder_with_checkpoints_is_refused_and_both_ways_on_are_named
     error = refused(capsys, 2, flags(policy, data, run))
     assert "checkpoint-4" in error
     assert "--resume_from_checkpoint auto" in error
-    assert "--output_dir OTHER" in error
+    assert "Give another --output_dir" in error
     assert identical(before, weights(run)), "nothing was overwritten"
 
 
@@ -232,6 +286,40 @@ def test_an_adapter_is_saved_evaluated_merged_and_resumed(quantized, policy, dat
         evaluate.main([str(folder), "--limit", "2", "--use_cpu"])
 
 
+def test_an_adapter_is_trained_further_or_merged_as_the_user_says(policy, data, tmp_path, monkeypatch, capsys):
+    run, further, again, whole = (tmp_path / name for name in ("run", "further", "again", "whole"))
+    monkeypatch.chdir(policy.parent)
+    words = {"max_steps": "3", "save_steps": "1", "eval_steps": "0"}
+    train_grpo.main(flags(policy.name, data, run, **words, use_peft="true", lora_r="4", lora_dropout="0.1"))
+    monkeypatch.chdir(tmp_path)
+    adapter = load_file(run / "adapter_model.safetensors")
+    (run / "tokenizer_config.json").unlink()  # as PEFT itself saves an adapter
+
+    words |= {"beta": "0.1"}
+    capsys.readouterr()
+    train_grpo.main(flags(run, data, further, **words, adapter="train"))
+    out = capsys.readouterr().out
+    assert f"{policy} with the adapter {run}, 0.1M" in out, "its model is found from another folder"
+    assert re.search("step 1/3 .* KL 0 ", out), "the reference is the adapter as it was"
+    trained = load_file(further / "adapter_model.safetensors")
+    assert 0 < distance(adapter, trained) < 0.2 * distance(adapter, dict.fromkeys(adapter, torch.zeros(())))
+    config = json.loads((further / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_dropout"], config["base_model_name_or_path"]) == (4, 0.0, str(policy))
+    shutil.copytree(further, again, ignore=shutil.ignore_patterns("checkpoint-3"))
+    (again / "adapter_model.safetensors").unlink()
+    assert "resuming after step 2" in resumed_here(capsys, flags(run, data, again, **words, adapter="train"))
+    assert identical(trained, load_file(again / "adapter_model.safetensors"))
+
+    train_grpo.main(flags(run, data, whole, **words, adapter="merge"))
+    assert re.search("step 1/3 .* KL 0 ", capsys.readouterr().out)
+    assert not (whole / "adapter_config.json").exists()
+    merged = AutoPeftModelForCausalLM.from_pretrained(run, dtype="float32").merge_and_unload().state_dict()
+    assert identical(weights(whole / "merged"), {name: merged[name] for name in weights(whole / "merged")})
+    assert not identical(weights(whole / "merged"), weights(whole)), "all of it is trained"
+    for folder in (further, whole):
+        evaluate.main([str(folder), "--limit", "2", "--use_cpu"])
+
+
 def test_long_prompts_are_dropped_and_counted(policy, tmp_path, capsys):
     rows = [problem(a, 1) for a in range(12)]
     rows[3]["question"] *= 60
@@ -253,7 +341,7 @@ def test_bad_data_is_one_message_and_no_traceback(policy, tmp_path):
 
 def test_a_templates_settings_that_are_no_object_are_one_message(policy, data, tmp_path, capsys):
     words = flags(policy, data, tmp_path / "run", chat_template_kwargs="enable_thinking=false")
-    assert "CHAT_TEMPLATE_KWARGS is 'enable_thinking=false'" in refused(capsys, 1, words)
+    assert "CHAT_TEMPLATE_KWARGS is 'enable_thinking=false'" in refused(capsys, 2, words)
 
 
 def test_too_few_problems_for_one_generation_is_an_error(policy, tmp_path, capsys):
@@ -265,7 +353,7 @@ def test_too_few_problems_for_one_generation_is_an_error(policy, tmp_path, capsy
 def test_an_unreachable_hub_is_one_message_with_the_remedy(policy, tmp_path):
     done = start("train_grpo.py", *flags(policy, "openai/gsm8k", tmp_path / "run"), HF_HUB_CACHE=tmp_path / "empty")
     assert done.returncode == 1
-    assert "--dataset_name FOLDER" in done.stderr
+    assert "Use a local folder" in done.stderr
     assert "HF_ENDPOINT" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import write_jsonl
 
+import evaluate
 from benchmarks import side_by_side
-from support import comparison, evaluation
+from support import evaluation
 from support.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -53,7 +54,7 @@ def compared(folder: Path, count: int, completion=formatted) -> None:
     }
     report = {"dataset": "<i>ours</i>", "split": "test", "max_completion_length": 99, "one_shot": False}
     report |= evaluation.summarize(model)
-    report |= {"model": "outputs/Run", "comparison": comparison.paired(BASE, before, model)}
+    report |= {"model": "outputs/Run", "comparison": evaluate.paired(BASE, before, model)}
     keep(folder / "evaluation.json", report, model)
     for name, file in (("baseline native", "evaluation-native.json"), ("baseline", "evaluation.json")):
         measured, of = before[name]
