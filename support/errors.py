@@ -63,7 +63,7 @@ def trouble(error: Exception, what: str, name: str, instead: str) -> str | None:
 
 
 def meant(word: str, known: list[str], renamed: dict[str, str]) -> str:
-    """The end of an unknown flag's message: what to try, which is what it was `renamed` to, else the nearest."""
+    """The end of an unknown flag's message: what to try, by the patterns of `renamed`, else the nearest."""
     name = word.removeprefix("--").partition("=")[0].replace("-", "_").lower()
     near = [new for old, new in renamed.items() if re.fullmatch(old, name)]
     near += [f"--{flag}" for flag in get_close_matches(name, known, cutoff=0.7)]

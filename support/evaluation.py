@@ -28,6 +28,7 @@ ROW_SETTINGS = ("question_column", "answer_column", "drop_non_numeric")
 OF_A_RUN = ("dataset_name", "dataset_config", "dataset_test_split", *ROW_SETTINGS, *LIMITS)  # fields that a run has too
 COMPARABLE = (*LIMITS, "system_prompt", "native_instruction")  # equal in two evaluations, as are their problems
 
+MINUS_BEFORE_BOX = re.compile(rf"(?<![\w)}}\]]){rewards.MINUS}\s?\\boxed\s*\{{\Z")  # not the difference 9-\boxed{7}
 BOXED_OR_BRACE = re.compile(r"\\boxed\s{0,4}\{|\\[{}]|[{}]")
 
 
@@ -45,9 +46,7 @@ def boxed_span(text: str) -> tuple[int, int] | None:
 def native_answer(text: str) -> str | None:
     """The number in the last `\\boxed{}`, with a minus in front of it, else the last number; None without either."""
     start, end = boxed_span(text) or (0, None)
-    sign = (
-        "-" if re.search(rf"(?<![\w)}}\]]){rewards.MINUS}\s?\\boxed\s*\{{\Z", text[max(0, start - 20) : start]) else ""
-    )
+    sign = "-" if MINUS_BEFORE_BOX.search(text[max(0, start - 20) : start]) else ""
     return last_number(sign + text[start:end].strip())
 
 

@@ -202,7 +202,7 @@ def checked(reward, name: str, trainer):
             what = f"{odd[0][1]} for completion {odd[0][0]} of {len(paid)} ({len(odd)} such)" if odd else what
         right = f"right are {len(completions)} finite numbers, or None where it does not apply"
         what = f"step {trainer.state.global_step + 1}: {name} paid {what}; {right}"
-        raise RunStopped(f"{what}. No weight was changed; {kept(trainer.args.output_dir)}")
+        raise RunStopped(f"{what}. That step changed no weight; {kept(trainer.args.output_dir)}")
 
     async def pay_later(**given) -> list:
         return look(await reward(**given), **given)

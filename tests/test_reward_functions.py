@@ -83,7 +83,7 @@ WRONG = [
     ({0: 1.0, 1: 1.0, 2: 1.0}, "mine paid {0: 1.0, 1: 1.0, 2: 1.0}; right are 3", "whose keys are numbers, too"),
     (
         [math.nan, 2.0, 3.0],
-        "No weight was changed; nowhere holds no whole checkpoint yet",
+        "That step changed no weight; nowhere holds no whole checkpoint yet",
         "what it can be resumed from",
     ),
 ]

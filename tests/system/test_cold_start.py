@@ -55,9 +55,10 @@ def test_it_prints_what_it_shows_a_line_a_step_and_what_to_type_next(cold):
     run, done = cold
     assert "24 examples, source 'dataset'. The first:\n<reasoning>\n" in done.stdout
     assert "step 5/120  loss " in done.stdout
-    command = f"python train_grpo.py --model_name_or_path {run} --dataset_name "
-    assert done.stdout.splitlines()[-1].startswith(f"next:  {command}")
-    assert json.loads((run / "run.json").read_text())["outcome"] == "finished"
+    said = json.loads((run / "run.json").read_text())
+    command = f"python train_grpo.py --model_name_or_path {run} --dataset_name {said['settings']['dataset_name']}"
+    assert done.stdout.splitlines()[-1] == f"next:  {command}"
+    assert said["outcome"] == "finished"
     assert (run / "cold_start.py").is_file(), "as it ran"
 
 
