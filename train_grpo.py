@@ -30,7 +30,7 @@ import rewards
 from support import faults, memory
 from support.errors import BadInput
 from support.faults import watched
-from support.problems import base_of, drop_long, examples_in, load_problems, load_tokenizer
+from support.problems import drop_long, load_problems, load_tokenizer, shown_to
 from support.record import printable
 from support.settings import read_settings
 from support.trainer import GRPOTrainer
@@ -137,9 +137,7 @@ def load_samples(settings, tokenizer) -> tuple[list[dict], str | None]:
 
 def without_shown(samples: list[dict], settings) -> list[dict]:
     """The samples without those that a cold start has shown to the model, which it may know by heart."""
-    name = settings.model_name_or_path  # which may be an adapter, in a checkpoint of a cold start or on what it left
-    examples = examples_in(name) + examples_in(base_of(name))
-    shown = {rewards.question_of(example["prompt"]) for example in examples}
+    shown = shown_to(settings.model_name_or_path)
     left = [sample for sample in samples if rewards.question_of(sample["prompt"]) not in shown]
     if len(left) == len(samples):
         return samples

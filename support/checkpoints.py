@@ -99,7 +99,7 @@ def to_disk(folder: Path, pattern: str = "**/*") -> None:
     """Bring the files in `folder` that fit to the disk, with the XXH3-128 of each in `CHECKSUMS`."""
     paths = sorted(path for path in folder.glob(pattern) if path.is_file() and path.name != CHECKSUMS)
     with ThreadPoolExecutor() as threads:  # hashing runs beside the disk's writing, and costs little
-        checksums = threads.map(_checksum, paths)
+        checksums = threads.map(checksum, paths)
         _synced(*paths)
         lines = [f"{checksum}  {path.relative_to(folder)}\n" for checksum, path in zip(checksums, paths, strict=True)]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
@@ -112,19 +112,19 @@ def altered(folder: Path, pattern: str = "*") -> str | None:
         return None
     try:
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
-        noted = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines)}
+        noted = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except ValueError:
         return f"{CHECKSUMS} is damaged"
-    for name, checksum in noted.items():
+    for name, digest in noted.items():
         if Path(name).match(pattern):
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if _checksum(folder / name) != checksum:
+            if checksum(folder / name) != digest:
                 return f"{name} is not what was saved, by its checksum"
     return None
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Greedy accuracy on held-out problems: scores and statistics, with the recipe's prompt or the model's own."""
+"""A policy's answers to problems, with the recipe's prompt or the model's own, their scores, and greedy accuracy."""
 
 import json
 import os
@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 import xxhash
 from scipy.stats import binomtest
+from transformers.utils import cached_file
 
 import rewards
 from rewards import SYSTEM_PROMPT, last_number, same_number, to_prompt
-from support.checkpoints import CHECKSUMS, WEIGHTS, altered, checkpoints
+from support.checkpoints import CHECKSUMS, WEIGHTS, altered, checkpoints, checksum
 from support.errors import BadInput
 from support.generation import BATCH_SIZE, VLLM_VERSIONS, complete, complete_with_vllm, load_policy, vllm_obstacle
-from support.problems import base_of, load_problems, load_tokenizer, tokenize
+from support.problems import base_of, load_problems, load_tokenizer, shown_to, tokenize
 from support.record import read_run, set_aside, write_whole
 
 # as in Qwen's own evaluation, without a system prompt (QwenLM/Qwen2.5-Math, evaluation/utils.py, 'qwen-boxed')
@@ -25,8 +26,10 @@ NATIVE_INSTRUCTION = "Please reason step by step, and put your final answer with
 
 LIMITS = ("max_completion_length", "chat_template_kwargs", "one_shot", "system_prompt_in_question")
 ROW_SETTINGS = ("question_column", "answer_column", "drop_non_numeric")
-OF_A_RUN = ("dataset_name", "dataset_config", "dataset_test_split", *ROW_SETTINGS, *LIMITS)  # fields that a run has too
+DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", *ROW_SETTINGS)
+OF_A_RUN = (*DATA, *LIMITS, "temperature")  # fields that a run has too
 COMPARABLE = (*LIMITS, "system_prompt", "native_instruction")  # equal in two evaluations, as are their problems
+SAMPLED = ("samples", "temperature")  # and these, where answers are sampled
 
 MINUS_BEFORE_BOX = re.compile(rf"(?<![\w)}}\]]){rewards.MINUS}\s?\\boxed\s*\{{\Z")  # not the difference 9-\boxed{7}
 BOXED_OR_BRACE = re.compile(r"\\boxed\s{0,4}\{|\\[{}]|[{}]")
@@ -97,7 +100,9 @@ class Task:
     model_revision: str | None = None
     dataset_name: str = "openai/gsm8k"
     dataset_config: str | None = "main"
+    dataset_train_split: str = "train"
     dataset_test_split: str = "test"
+    split: str = "test"  # or "train": which of the two is measured
     question_column: str = "question"
     answer_column: str = "answer"
     drop_non_numeric: bool = False
@@ -108,6 +113,10 @@ class Task:
     system_prompt: str = SYSTEM_PROMPT
     native_instruction: str | None = None  # put behind the question, without a system prompt
     limit: int | None = None
+    samples: int | None = None  # answers a problem, sampled; None is one greedy answer
+    temperature: float = 0.9
+    seed: int = 42
+    keep: str | None = None
     batch_size: int = BATCH_SIZE
     use_vllm: bool | None = None
     vllm_gpu_memory_utilization: float | None = None
@@ -119,7 +128,11 @@ class Task:
     ask: str | None = None
 
     def problems(self) -> list[dict]:
-        return load_problems(self, self.dataset_test_split)[0][: self.limit]
+        """Of the train split those that would be trained on, after either model of a comparison."""
+        if self.split == "test":
+            return load_problems(self, self.dataset_test_split)[0][: self.limit]
+        problems, shown = load_problems(self, self.dataset_train_split)[0], shown_to(self.model, self.compare)
+        return [problem for problem in problems if problem["question"] not in shown][: self.limit]
 
     def prompt(self, question: str) -> list[dict]:
         if self.native_instruction:
@@ -133,34 +146,56 @@ class Task:
 
     @property
     def file(self) -> Path:
-        """Its evaluation.json: in --output_dir, else in the model's folder, else (of a model on the Hub, or in a folder
-        that cannot be written to) under outputs/."""
+        """Its evaluation.json, or samples-8.json: in --output_dir, else in the model's folder, else (of a model on the
+        Hub, or in a folder that cannot be written to) under outputs/."""
         own, other = Path(self.model), Path("outputs") / self.model.strip("/").replace("/", "--")
         folder = self.output_dir or (own if own.is_dir() and os.access(own, os.W_OK) else other)
+        if self.samples:
+            return Path(folder) / f"samples-{self.samples}{'-train' if self.split == 'train' else ''}.json"
         return Path(folder) / ("evaluation-native.json" if self.native_instruction else "evaluation.json")
 
 
 def evaluate(task: Task) -> tuple[dict, list[dict]]:
     """Answer the task's problems, score and save evaluation.json and .jsonl: returns both. BadInput where it cannot."""
-    decode = _by_vllm if _uses_vllm(task) else _by_transformers
+    problems, native = task.problems(), task.native_instruction is not None
+    (completions,), unfinished = answered(task, problems)
+    rows = [score(i, *pair, native) for i, pair in enumerate(zip(problems, completions, strict=True))]
+    return finish(task, summarize(rows), rows, unfinished)
+
+
+def answered(task: Task, problems: list[dict]) -> tuple[list[list[dict]], Path]:
+    """The greedy completions of B problems, or K times B sampled ones, and the file that keeps them until they are
+    scored. BadInput where they cannot be had."""
+    by_vllm = _uses_vllm(task)
     check_weights(task.model)
     tokenizer = load_tokenizer(task.model, task.model_revision, task.trust_remote_code)
-    problems = task.problems()
-    prompts = [task.prompt(problem["question"]) for problem in problems]
     folder = task.file.parent
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if not (folder.is_dir() and os.access(folder, os.W_OK)):  # before hours of answers
         raise BadInput(f"{folder} is no folder, or cannot be written to: give another --output_dir")
-    completions, unfinished = decode(task, tokenizer, problems, prompts)
-    native = task.native_instruction is not None
-    rows = [score(i, *pair, native) for i, pair in enumerate(zip(problems, completions, strict=True))]
-    report = {"model": task.model, "dataset": task.dataset_name, "split": task.dataset_test_split, **summarize(rows)}
-    report |= {name: getattr(task, name) for name in ("model_revision", "limit", *ROW_SETTINGS, *COMPARABLE)}
-    save(task, report, rows)
-    for path in unfinished:
-        path.unlink()
-    return report, rows
+    prompts = [task.prompt(problem["question"]) for problem in problems] * (task.samples or 1)
+    token_ids, kwargs = tokenize(tokenizer, prompts, task.chat_template_kwargs), task.chat_template_kwargs
+    how = {"temperature": task.temperature, "seed": task.seed} if task.samples else {}
+    how["max_completion_length"] = task.max_completion_length
+    fingerprint = _fingerprint(task, [how, by_vllm, task.batch_size, str(tokenizer), token_ids])
+    how["known"] = answers = Answers(task.file.with_suffix(f".unfinished-{fingerprint[:8]}.jsonl"))
+    if answers:
+        print(f"resuming: {len(answers):,} of {len(prompts):,} answers are in {answers.path}")
+    options = {"revision": task.model_revision, "trust_remote_code": task.trust_remote_code}
+    if by_vllm:
+        options |= {"model": task.model, "gpu_memory_utilization": task.vllm_gpu_memory_utilization}
+        completions = complete_with_vllm(tokenizer, token_ids, **how, **options)
+    else:
+        policy = load_policy(task.model, use_cpu=task.use_cpu, **options)
+        try:
+            completions = complete(
+                policy, tokenizer, prompts, **how, batch_size=task.batch_size, chat_template_kwargs=kwargs
+            )
+        except torch.OutOfMemoryError as error:
+            raise BadInput(f"the GPU's memory is too small: lower --batch_size (now {task.batch_size})") from error
+    rounds = range(0, len(prompts), len(problems))
+    return [completions[start : start + len(problems)] for start in rounds], answers.path
 
 
 def _uses_vllm(task: Task) -> bool:
@@ -176,37 +211,17 @@ def _uses_vllm(task: Task) -> bool:
     return asked is not False and obstacle is None
 
 
-def _by_vllm(task: Task, tokenizer, problems, prompts) -> tuple[list[dict], list[Path]]:
-    options = {"model": task.model, "revision": task.model_revision, "trust_remote_code": task.trust_remote_code}
-    options["gpu_memory_utilization"] = task.vllm_gpu_memory_utilization
-    token_ids = tokenize(tokenizer, prompts, task.chat_template_kwargs)
-    return complete_with_vllm(tokenizer, token_ids, task.max_completion_length, **options), []
-
-
-def _by_transformers(task: Task, tokenizer, problems, prompts) -> tuple[list[dict], list[Path]]:
-    """Completions, and a list of the one file that holds them until they are saved."""
-    policy = load_policy(task.model, task.model_revision, task.use_cpu, task.trust_remote_code)
-    limits = {name: getattr(task, name) for name in ("max_completion_length", "chat_template_kwargs", "batch_size")}
-    asked = [task.model, limits, str(tokenizer), tokenize(tokenizer, prompts, task.chat_template_kwargs)]
-    answers = Answers(task.file.with_suffix(f".unfinished-{_fingerprint(asked, policy)[:8]}.jsonl"))
-    if answers:
-        print(f"resuming: {len(answers):,} of {len(problems):,} problems are answered in {answers.path}")
-    try:
-        return complete(policy, tokenizer, prompts, **limits, known=answers), [answers.path]
-    except torch.OutOfMemoryError as error:
-        raise BadInput(f"the GPU's memory is too small: lower --batch_size (now {task.batch_size})") from error
-
-
-def _fingerprint(asked: list, policy) -> str:
-    """The XXH3-128 of all that completions depend on: `asked`, versions, configurations and the weights."""
-    asked = [*asked, *map(metadata.version, ("torch", "transformers")), f"{policy.dtype} on {policy.device.type}"]
-    configs = (policy.config, policy.generation_config, *getattr(policy, "peft_config", {}).values())
-    asked += [config.to_dict() for config in configs]
-    digest = xxhash.xxh3_128(json.dumps(asked, sort_keys=True, default=sorted).encode())  # target modules are a set
-    for name, tensor in sorted(policy.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _fingerprint(task: Task, asked: list) -> str:
+    """The XXH3-128 of all that completions depend on: `asked`, versions, the device and the model's files."""
+    device = "cuda" if torch.cuda.is_available() and not task.use_cpu else "cpu"
+    asked = [*asked, task.model, device, *map(metadata.version, ("torch", "transformers"))]
+    for name in dict.fromkeys((task.model, base_of(task.model))):  # two for an adapter
+        if Path(name).is_dir():
+            files = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*config.json")])
+            asked += [[path.name, checksum(path)] for path in files]
+        else:  # in the Hub's cache, in a folder with the commit's name; an adapter has no config.json
+            asked += [cached_file(name, "tokenizer_config.json", revision=task.model_revision)]
+    return xxhash.xxh3_128_hexdigest(json.dumps(asked, sort_keys=True).encode())
 
 
 class Answers(dict):
@@ -237,6 +252,17 @@ def check_weights(name: str) -> None:
         raise BadInput(f"model {name!r}: {wrong}. Take an older checkpoint, or a good copy")
     if folder.is_dir() and read_run(folder) and not (folder / CHECKSUMS).is_file():
         print(f"{name}: no {CHECKSUMS}, so that its weights are taken to be as they were saved")
+
+
+def finish(task: Task, summary: dict, rows: list[dict], unfinished: Path) -> tuple[dict, list[dict]]:
+    """Save an evaluation, whose answers need not be kept in `unfinished` any more: returns the report and the rows."""
+    split = task.dataset_train_split if task.split == "train" else task.dataset_test_split
+    report = {"model": task.model, "dataset": task.dataset_name, "split": split, **summary}
+    report |= {name: getattr(task, name) for name in ("model_revision", "limit", *ROW_SETTINGS, *COMPARABLE)}
+    report |= {name: getattr(task, name) for name in (*SAMPLED, "seed") if task.samples}
+    save(task, report, rows)
+    unfinished.unlink(missing_ok=True)
+    return report, rows
 
 
 def save(task: Task, report: dict, rows: list[dict]) -> None:

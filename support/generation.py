@@ -15,6 +15,7 @@ from support.errors import ELSEWHERE, BadInput, loading
 from support.problems import base_of, tokenize
 
 BATCH_SIZE = 64  # prompts at a time
+VLLM_BATCH_SIZE = 8192  # prompts at a time for vLLM, which has as many of them under way as its memory holds
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")  # which TRL takes from a run's own settings
 VLLM_VERSIONS = ("0.22.0", "0.31.0")  # lowest and highest that TRL 1.16 supports
@@ -55,21 +56,24 @@ def complete(
     chat_template_kwargs: dict | None = None,
     progress: bool = True,
     temperature: float = 0.0,
+    seed: int | None = None,
     known: dict[int, dict] | None = None,
 ) -> list[dict]:
     """Completions of B conversational prompts, in their order, greedy or (`temperature` above 0) sampled: B dicts of
-    `text`, `tokens` (count, EOS included) and `truncated` (no EOS within the limit).
+    `text`, `token_ids`, `tokens` (their count, EOS included) and `truncated` (no EOS within the limit).
 
     `known` holds completions by their prompt's index, and is updated with each batch. A batch is skipped only where all
-    of it is known: a smaller one would round differently."""
+    of it is known: a smaller one would round differently. With a `seed` each batch has a random state of its own."""
     _set_generation(model, tokenizer, max_completion_length, temperature)
     token_ids = tokenize(tokenizer, prompts, chat_template_kwargs)
     order = sorted(range(len(prompts)), key=lambda i: -len(token_ids[i]))  # little padding; the largest batch is first
     known = {} if known is None else known
-    with tqdm(total=len(prompts), unit="problem", dynamic_ncols=True, disable=None if progress else True) as bar:
+    with tqdm(total=len(prompts), unit="answer", dynamic_ncols=True, disable=None if progress else True) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             if not known.keys() >= set(chosen):
+                if seed is not None:
+                    torch.manual_seed(seed + start)
                 batch = _complete_batch(model, tokenizer, [token_ids[i] for i in chosen])
                 known.update(dict(zip(chosen, batch, strict=True)))
             bar.update(len(chosen))
@@ -91,7 +95,7 @@ def as_completion(tokenizer, prompt_ids: list[int], token_ids: list[int], trunca
     text = tokenizer.decode(token_ids, skip_special_tokens=True)
     if getattr(tokenizer, "response_template", None) is not None:
         text = parse_response(tokenizer, token_ids, prefix=prompt_ids)["content"]
-    return {"text": text, "tokens": len(token_ids), "truncated": truncated}
+    return {"text": text, "token_ids": token_ids, "tokens": len(token_ids), "truncated": truncated}
 
 
 def _set_generation(model, tokenizer, max_completion_length: int, temperature: float) -> None:
@@ -126,9 +130,18 @@ def mend_generation_config(model) -> None:
         print(f"{model.config.name_or_path}: in its generation_config {words} from here on, as the policy is sampled")
 
 
-def complete_with_vllm(tokenizer, token_ids: list[list[int]], max_completion_length: int, **options) -> list[dict]:
-    """Greedy completions of B tokenized prompts, as `complete` returns them, by vLLM, which loads the model.
-    `options` are those of its `LLM`; a None is left out. BadInput where it cannot be loaded."""
+def complete_with_vllm(
+    tokenizer,
+    token_ids: list[list[int]],
+    max_completion_length: int,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    known: dict[int, dict] | None = None,
+    **options,
+) -> list[dict]:
+    """Completions of B tokenized prompts, as `complete` returns them, by vLLM, which loads the model; with a `seed`
+    each has a random state of its own. `options` are those of its `LLM`; a None is left out. BadInput where it cannot
+    be loaded."""
     from vllm import LLM, SamplingParams
 
     options = {name: value for name, value in options.items() if value is not None}
@@ -141,11 +154,17 @@ def complete_with_vllm(tokenizer, token_ids: list[list[int]], max_completion_len
         without = "--vllm_gpu_memory_utilization takes less of a GPU in use; --use_vllm false decodes with Transformers"
         raise BadInput(f"model {options['model']!r}: vLLM cannot load it: {str(error).strip()}\n{without}") from error
     ends = {"stop_token_ids": [tokenizer.eos_token_id]}  # beside those that vLLM finds in the model's folder
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_completion_length, detokenize=False, **ends)
-    prompts = [{"prompt_token_ids": ids} for ids in token_ids]
+    how = {"temperature": temperature, "max_tokens": max_completion_length, "detokenize": False, **ends}
     has_bar = sys.stderr.isatty() and "TQDM_DISABLE" not in os.environ  # vLLM divides by a disabled bar's time, 0
-    completions = [output.outputs[0] for output in engine.generate(prompts, sampling, use_tqdm=has_bar)]
+    known = {} if known is None else known
+    left = [i for i in range(len(token_ids)) if i not in known]
+    for start in range(0, len(left), VLLM_BATCH_SIZE):
+        chosen = left[start : start + VLLM_BATCH_SIZE]
+        prompts = [{"prompt_token_ids": token_ids[i]} for i in chosen]
+        sampling = [SamplingParams(**how, seed=None if seed is None else seed + i) for i in chosen]
+        outputs = [output.outputs[0] for output in engine.generate(prompts, sampling, use_tqdm=has_bar)]
+        ended = [(list(output.token_ids), output.finish_reason == "length") for output in outputs]
+        known.update({i: as_completion(tokenizer, token_ids[i], *end) for i, end in zip(chosen, ended, strict=True)})
     del engine  # a comparison starts a second one
     gc.collect()
-    pairs = zip(token_ids, completions, strict=True)
-    return [as_completion(tokenizer, ids, list(c.token_ids), c.finish_reason == "length") for ids, c in pairs]
+    return [known[i] for i in range(len(token_ids))]

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetsError
 from jinja2 import Environment, TemplateError
 from transformers import AutoTokenizer, GenerationConfig
 
-from rewards import extract_hash_answer, parse_number
+from rewards import extract_hash_answer, parse_number, question_of
 from support.errors import ELSEWHERE, BadInput, loading
 
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # as from JSON's "\ud83d" without its second half
@@ -237,3 +237,9 @@ def examples_in(folder: str | Path) -> list[dict]:
         return [{name: example[name] for name in ("prompt", "completion")} for example in examples]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} holds no examples of a cold start ({error!r}): move it away, or mend it") from error
+
+
+def shown_to(*names: str | None) -> set[str]:
+    """The questions that a cold start has shown to these models, or to the ones that they are adapters of."""
+    places = {place for name in filter(None, names) for place in (name, base_of(name))}
+    return {question_of(example["prompt"]) for place in places for example in examples_in(place)}

@@ -124,7 +124,8 @@ def test_held_out_answers_end_there_by_transformers_and_by_vllm(endless, monkeyp
 
     fake = SimpleNamespace(LLM=LLM, SamplingParams=lambda **kwargs: asked.update(kwargs))
     monkeypatch.setitem(__import__("sys").modules, "vllm", fake)
-    assert complete_with_vllm(tokenizer, [[1, 2]], 12, model="x") == [{"text": "4", "tokens": 2, "truncated": False}]
+    (answer,) = complete_with_vllm(tokenizer, [[1, 2]], 12, model="x")
+    assert (answer["text"], answer["tokens"], answer["truncated"]) == ("4", 2, False)
     assert asked["stop_token_ids"] == [2]
 
 

@@ -447,7 +447,7 @@ def test_an_evaluation_ended_by_any_signal_is_resumed_to_the_same_bytes(long, tm
         before = answered(folder)
         returned, out, errors = ended_by(number, long, folder)
         assert returned == status, errors
-        assert f"resuming: {before} of 40 problems are answered" in out or not before
+        assert f"resuming: {before} of 40 answers are in" in out or not before
         (path,) = folder.glob("evaluation.unfinished-*.jsonl")
         with path.open("a") as file:
             file.write('\n{"index": 39, "te')  # as a kill in the middle of a write leaves it
@@ -521,7 +521,7 @@ def test_what_would_change_an_answer_starts_anew(half_answered, tmp_path, capsys
 def test_a_look_at_a_few_problems_does_not_cost_the_answers_to_all(half_answered, tmp_path, capsys):
     evaluate.main([*half_answered, "--limit", "2"])
     evaluate.main(half_answered)
-    assert "resuming: 2 of 10 problems are answered" in capsys.readouterr().out
+    assert "resuming: 2 of 10 answers are in" in capsys.readouterr().out
     assert answered(tmp_path / "model") == 0, "nothing is left over"
     report = json.loads((tmp_path / "model" / "evaluation.json").read_text())
     assert report["n"] == 10

@@ -1,0 +1,143 @@
+"""What a policy's samples say, before it trains and after: pass@k, maj@K, and which groups would teach it."""
+
+import asyncio
+import math
+from collections import Counter
+
+import numpy
+from transformers import TrainerState
+from trl.trainer.utils import get_callable_name, is_async_callable
+
+import rewards
+from rewards import last_number, parse_number
+from support.errors import BadInput
+from support.evaluation import Task, answered, finish, score
+from support.faults import REWARD_ARGUMENTS, check_reward_functions
+
+KINDS = {  # of a group, by its samples; the four shares make up 1
+    "all_right": "all right, in the format",
+    "all_wrong_in_format": "all wrong, in the format",
+    "never_in_format": "never in the format",
+    "mixed": "mixed",
+}
+RESAMPLES = 2000  # of the problems, with replacement, for an interval
+
+
+def sample(task: Task) -> tuple[dict, list[dict]]:
+    """K sampled answers to each of the task's problems, as groups of GRPO: returns what samples-K.json says, and the
+    lines of samples-K.jsonl, one a problem; saves both. BadInput where it cannot be done."""
+    problems = task.problems()
+    columns = sorted(set().union(*problems) - {*REWARD_ARGUMENTS, "prompt", "completion"})
+    if models := [reward for reward in rewards.REWARD_FUNCS if not callable(reward) or hasattr(reward, "parameters")]:
+        name = getattr(models[0], "name_or_path", models[0])
+        raise BadInput(f"REWARD_FUNCS: --samples pays by functions, and {name!s:.60} is a model")
+    check_reward_functions(rewards.REWARD_FUNCS, columns)
+    rounds, unfinished = answered(task, problems)
+    groups = list(zip(*rounds, strict=True))
+    paid = pay(task, problems, groups, columns)
+    rows = [group_row(i, *group) for i, group in enumerate(zip(problems, groups, paid, strict=True))]
+    return finish(task, summarize(rows), rows, unfinished)
+
+
+def pay(task: Task, problems: list[dict], groups: list[tuple], columns: list[str]) -> list[list[float]]:
+    """The total reward of each sample of each group, by REWARD_FUNCS as TRL calls them; a None counts as 0."""
+    pairs = [(problem, sample) for problem, group in zip(problems, groups, strict=True) for sample in group]
+    given = {column: [problem.get(column) for problem, _ in pairs] for column in columns} | {
+        "prompts": [task.prompt(problem["question"]) for problem, _ in pairs],
+        "completions": [[{"role": "assistant", "content": sample["text"]}] for _, sample in pairs],
+        "completion_ids": [sample["token_ids"] for _, sample in pairs],
+        "trainer_state": TrainerState(),
+        "log_extra": lambda column, values: None,
+        "log_metric": lambda name, value: None,
+    }
+    total = numpy.zeros(len(pairs))
+    for reward in rewards.REWARD_FUNCS:
+        paid = asyncio.run(reward(**given)) if is_async_callable(reward) else reward(**given)
+        paid = numpy.array([0.0 if each is None else each for each in paid], dtype=float)
+        if paid.shape != total.shape or not numpy.isfinite(paid).all():
+            raise BadInput(
+                f"REWARD_FUNCS: {get_callable_name(reward)} pays no {len(pairs)} finite numbers, but {paid!r:.60}"
+            )
+        total += paid
+    return total.reshape(len(problems), -1).tolist()
+
+
+def group_row(index: int, problem: dict, group: tuple[dict, ...], paid: list[float]) -> dict:
+    """A line of samples-K.jsonl: a problem and its K samples, what they are, and whether they would teach."""
+    of_problem = ("index", "question", "gold")
+    scored = [score(index, problem, sample) for sample in group]
+    samples = [{key: one[key] for key in one if key not in of_problem} for one in scored]
+    if all(one["strict"] for one in samples):
+        kind = "all_right"
+    elif not any(one["format"] for one in samples):
+        kind = "never_in_format"
+    elif all(one["format"] for one in samples) and not any(one["strict"] for one in samples):
+        kind = "all_wrong_in_format"
+    else:
+        kind = "mixed"
+    row = {"index": index, "question": problem["question"], "gold": problem["answer"], "kind": kind}
+    samples = [{**one, "reward": reward} for one, reward in zip(samples, paid, strict=True)]
+    return {**row, "would_teach": max(paid) - min(paid) > 1e-6, "samples": samples}
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The share of the sets of k out of n samples in which one at least is right, `right` of all being so: the unbiased
+    estimator of arXiv 2107.03374."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(answers: list[str | None], gold: str) -> float:
+    """1 where the most frequent number is the gold one, and its chance where one of several as frequent is drawn."""
+    votes = Counter(number for answer in answers if (number := parse_number(answer)) is not None)
+    first = [number for number, count in votes.items() if count == max(votes.values())]
+    return (parse_number(gold) in first) / max(len(first), 1)
+
+
+def measures(row: dict) -> dict[str, float]:
+    """What is averaged over the problems, of one with K samples: pass@1, 2, 4 to K and maj@K, strict and lenient; 1 or
+    0 for whether it would teach, and for each of KINDS."""
+    samples, found = row["samples"], {}
+    votes = {  # out of the format nothing is an answer, strictly
+        "strict": [one["extracted"] if one["format"] else None for one in samples],
+        "lenient": [last_number(one["completion"]) for one in samples],
+    }
+    counts = sorted({2**power for power in range(len(samples).bit_length())} | {len(samples)})
+    for key, answers in votes.items():
+        right = sum(one[key] for one in samples)
+        found |= {f"{key} pass@{k}": pass_at_k(len(samples), right, k) for k in counts}
+        found[f"{key} maj@{len(samples)}"] = majority(answers, row["gold"])
+    return found | {"would_teach": row["would_teach"]} | {kind: row["kind"] == kind for kind in KINDS}
+
+
+def averages(rows: list[dict], other: list[dict] | None = None) -> dict:
+    """The means of `measures` over the problems, less those of `other` rows of the same problems; strict and lenient
+    ones in a dict each. Beside them, as `ci95`, their 95% intervals by the bootstrap over problems: from the 2.5th to
+    the 97.5th percentile of RESAMPLES means."""
+    values = [measures(row) for row in rows]
+    table = numpy.array([list(value.values()) for value in values], dtype=float)  # (problems, measures)
+    if other is not None:
+        table -= numpy.array([list(measures(row).values()) for row in other], dtype=float)
+    draw = numpy.random.default_rng(0)
+    means = [table[draw.integers(len(table), size=len(table))].mean(0) for _ in range(RESAMPLES)]
+    intervals = numpy.percentile(means, (2.5, 97.5), axis=0).T.tolist()
+    found = {"strict": {"ci95": {}}, "lenient": {"ci95": {}}, "ci95": {}}
+    for name, value, interval in zip(values[0], table.mean(0).tolist(), intervals, strict=True):
+        key, _, measure = name.rpartition(" ")
+        place = found[key] if key else found
+        place[measure], place["ci95"][measure] = value, interval
+    return found
+
+
+def summarize(rows: list[dict]) -> dict:
+    """What samples-K.json says of all problems."""
+    samples = [one for row in rows for one in row["samples"]]
+
+    def mean(key: str) -> float:
+        return sum(one[key] for one in samples) / len(samples)
+
+    shares = {
+        "format_rate": mean("format"),
+        "truncated_rate": mean("truncated"),
+        "mean_completion_tokens": mean("tokens"),
+    }
+    return {"n": len(rows), **averages(rows), **shares}
