@@ -309,15 +309,16 @@ def samples_table(report: dict, before: dict | None = None, difference: dict | N
 
 
 def against(difference: dict, samples: int) -> str:
-    """What GRPO has changed: what one sample solves, and what K can."""
-    words = []
-    for measure in dict.fromkeys(("pass@1", f"pass@{samples}")):
-        points, (low, high) = 100 * difference["strict"][measure], difference["strict"]["ci95"][measure]
-        is_clear = low > 0 or high < 0
-        words.append(
-            f"{measure} {points:+.1f} points" if is_clear else f"{measure} no difference to be seen ({points:+.1f})"
-        )
-    return f"strict, against the baseline: {', '.join(words)}"
+    """What GRPO has changed: what one sample solves, and what K can; lenient is the arithmetic without the format."""
+    sentences = []
+    for key in ("strict", "lenient"):
+        words = []
+        for measure in dict.fromkeys(("pass@1", f"pass@{samples}")):
+            low, high = difference[key]["ci95"][measure]
+            unclear = "" if low > 0 or high < 0 else ", no difference to be seen"
+            words.append(f"{measure} {100 * difference[key][measure]:+.1f} points{unclear}")
+        sentences.append(f"{key}, against the baseline: {'; '.join(words)}")
+    return "\n".join(sentences)
 
 
 def advice(report: dict, model: str) -> str:

@@ -27,6 +27,7 @@ def rehearse(dtype: str = "float32") -> None:
     os.environ.update(ENVIRONMENT | os.environ)
 
     import torch
+    import vllm
     import vllm.model_executor.layers.utils as layers
     from trl.generation import vllm_client, vllm_generation
 
@@ -36,6 +37,8 @@ def rehearse(dtype: str = "float32") -> None:
     layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(
         layer, "cpu_linear", torch.nn.functional.linear
     )
+    # a sample with a seed of its own cannot have its prompt split: a CPU's generator has no offset to go back to
+    vllm.LLM = functools.partial(vllm.LLM, enable_chunked_prefill=False)
     # TRL names no dtype, and vLLM's own choice for fp32 weights is bf16, whose rounding would hide a wrong weight
     vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype=dtype)
     # the recipe's check, told that this is fine; what it says elsewhere is what tests/test_preflight.py is about
@@ -61,7 +64,7 @@ def rehearse_fast() -> None:
 
     layers.dispatch_cpu_unquantized_gemm = dispatch
     from trl.generation import vllm_generation
-    from vllm import LLM
+    from vllm.entrypoints.llm import LLM
 
     from support import generation
 

@@ -136,7 +136,8 @@ def test_two_models_are_compared_by_the_same_problems(babbler, sure, sevens, tmp
         report["strict"]["pass@1"] - before["strict"]["pass@1"]
     )
     assert (tmp_path / "after" / "pass_at_k.png").read_bytes()[1:4] == b"PNG"
-    assert "strict, against the baseline: pass@1 +" in capsys.readouterr().out
+    assert "strict, against the baseline: pass@1 +" in (out := capsys.readouterr().out), out
+    assert "lenient, against the baseline: pass@1 +" in out
     again, _ = sampled(sure, sevens, tmp_path / "again", "--compare", baseline)
     assert again["comparison"] == found
     assert "baseline, the recipe's prompt: the evaluation of" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas
 import psutil
 import pytest
-from conftest import flags, identical, launch, problem, start, until, weights, write_jsonl
+from conftest import ROOT, flags, identical, launch, problem, start, until, weights, write_jsonl
 from filelock import FileLock
 
 import demo
@@ -140,6 +140,45 @@ def test_a_comparison_by_two_engines_in_turn_has_transformers_texts(learned, wor
     for key in ("lenient_accuracy", "format_rate"):
         (line,) = [line for line in out.splitlines() if line.startswith(key.replace("_", " "))]
         assert line.split()[2] == f"{before[key]:.1%}", "the baseline's column"
+
+
+IN_PARTS = """
+import sys
+
+from benchmarks.vllm_on_cpu import rehearse
+
+rehearse()
+import evaluate
+from support import generation
+
+if __name__ == "__main__":
+    generation.VLLM_BATCH_SIZE = 40
+    evaluate.main()
+"""
+
+
+def test_samples_are_the_same_twice_and_after_a_kill(world, tmp_path):
+    words = [world["policy"], "--samples", 4, "--limit", 40, "--dataset_name", world["data"], "--use_cpu"]
+    words += ["--use_vllm", "true", "--max_completion_length", 48, "--output_dir"]
+    finished("evaluate.py", *words, tmp_path / "whole")
+    script, folder = tmp_path / "in_parts.py", tmp_path / "killed"
+    script.write_text(IN_PARTS)
+    process = launch(str(script), *words, folder, PYTHONPATH=ROOT)
+    while process.poll() is None and not list(folder.glob("samples-4.unfinished-*")):
+        time.sleep(0.01)
+    engines = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    for engine in engines:
+        engine.kill()
+    (kept,) = folder.glob("samples-4.unfinished-*")
+    assert 0 < kept.read_text().count("token_ids") < 160
+    assert "resuming: " in finished("evaluate.py", *words, folder)
+    rows = [json.loads(line) for line in (folder / "samples-4.jsonl").open()]
+    assert rows == [json.loads(line) for line in (tmp_path / "whole" / "samples-4.jsonl").open()]
+    assert len({sample["completion"] for row in rows for sample in row["samples"]}) > 100
+    report = json.loads((folder / "samples-4.json").read_text())
+    assert 0.5 < report["lenient"]["pass@1"] < report["lenient"]["pass@4"]
 
 
 def test_an_evaluation_that_is_stopped_leaves_no_engine_behind(world, tmp_path):
