@@ -174,8 +174,8 @@ def answered(task: Task, problems: list[dict]) -> tuple[list[list[dict]], Path]:
         folder.mkdir(parents=True, exist_ok=True)
     if not (folder.is_dir() and os.access(folder, os.W_OK)):  # before hours of answers
         raise BadInput(f"{folder} is no folder, or cannot be written to: give another --output_dir")
-    prompts = [task.prompt(problem["question"]) for problem in problems] * (task.samples or 1)
-    token_ids, kwargs = tokenize(tokenizer, prompts, task.chat_template_kwargs), task.chat_template_kwargs
+    prompts, kwargs = [task.prompt(problem["question"]) for problem in problems], task.chat_template_kwargs
+    token_ids, prompts = (each * (task.samples or 1) for each in (tokenize(tokenizer, prompts, kwargs), prompts))
     how = {"temperature": task.temperature, "seed": task.seed} if task.samples else {}
     how["max_completion_length"] = task.max_completion_length
     fingerprint = _fingerprint(task, [how, by_vllm, task.batch_size, str(tokenizer), token_ids])
