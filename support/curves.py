@@ -1,6 +1,6 @@
 """A run's reward curves as a picture, from its log; benchmarks/curves.py lays several runs over each other."""
 
-import os
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from support.checkpoints import checkpoints, state_of
 from support.errors import BadInput
-from support.record import printable
+from support.record import printable, write_whole
 
 # Okabe and Ito's, colour-blind safe
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -100,9 +100,8 @@ def _draw_curve(axes, run, key: str, colour: str, style, label: str) -> None:
 
 def save(picture, path: Path) -> None:
     """Write a picture, which appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    picture.savefig(partial, format="png", dpi=75)
-    os.replace(partial, path)
+    picture.savefig(png := BytesIO(), format="png", dpi=75)
+    write_whole(path, png.getvalue())
 
 
 class Curves(TrainerCallback):

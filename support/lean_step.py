@@ -36,15 +36,6 @@ class LeanStep:
             instead = "ROUTER_AUX_LOSS_COEF = 0, or LEAN_STEP = False with a smaller PER_DEVICE_TRAIN_BATCH_SIZE"
             raise BadInput(f"LEAN_STEP cannot split the step of a mixture of experts, whose loss is of all: {instead}")
 
-    def update_in_words(self) -> str:
-        """How a step's passes differ from TRL's, for the plan."""
-        changes = {
-            f"passes of at most {self.args.tokens_per_pass or 0:,} tokens, sorted by length": self.splits,
-            "each at its own width": self.trims,
-            "without completions of advantage 0": self.drops,
-        }
-        return ", ".join(words for words, is_made in changes.items() if is_made) or "as TRL computes it"
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss of B rows. Backward has run on all passes but the last; the caller runs it on that one."""
         if not (self.trims and self.model.training):

@@ -37,10 +37,7 @@ def _at_least(least: int):
 SETTINGS = {  # of settings: a test and its words for an error, which name None where it is allowed; or all valid words
     "max_prompt_length max_completion_length per_device_train_batch_size gradient_accumulation_steps examples "
     "save_total_limit lora_r num_iterations": (_at_least(1), "a whole number, at least 1"),
-    "tokens_per_pass steps_per_generation generation_batch_size": (
-        _at_least(1),
-        "at least 1, or None",
-    ),
+    "tokens_per_pass steps_per_generation generation_batch_size": (_at_least(1), "at least 1, or None"),
     "num_generations": (_at_least(2), "at least 2: an advantage compares completions of one group"),
     "eval_problems": (_at_least(1), "at least 1; EVAL_STEPS = 0 turns evaluation off"),
     "sample_every top_k dataloader_num_workers": (_at_least(0), "a whole number, or 0, which turns it off"),

@@ -14,7 +14,6 @@ from support.progress import TEMPLATES, render
 from support.record import read_run, write_whole
 
 COLUMNS = {"baseline native": "before, native", "baseline": "before"}
-HELD_OUT_ROWS = 7  # of the log's held-out evaluations: the first, the last, and some between
 
 
 def write_report(folder: Path, log: list[dict] | None = None) -> Path | None:
@@ -28,15 +27,13 @@ def write_report(folder: Path, log: list[dict] | None = None) -> Path | None:
         return None
     measured = _evaluation(folder)
     before = (measured or {}).get("comparison", {}).get("columns", {})
-    held_out = [row for row in log if "eval_strict_accuracy" in row]
-    every = -(-len(held_out) // HELD_OUT_ROWS) or 1
     text = render(
         "model_card.md",
         title=folder.resolve().name,
         run=run,
         step=max((row["step"] for row in log), default=0),
         seconds=next((row["train_runtime"] for row in reversed(log) if "train_runtime" in row), None),  # once it ended
-        held_out=held_out[:-1][::every] + held_out[-1:],
+        held_out=[row for row in log if "eval_strict_accuracy" in row],
         is_adapter=(folder / "adapter_config.json").is_file(),
         has_curves=(folder / "curves.png").is_file(),
         measured=measured,
@@ -71,23 +68,12 @@ def _evaluate_command(folder: Path, settings: dict, measured: dict) -> str:
     return shlex.join(words)
 
 
-def _block(text: str) -> str:
-    """A block of code in Markdown."""
-    fence = _fence(text, at_least=3)
-    return f"{fence}text\n{text}\n{fence}"
-
-
 def _code(value) -> str:
-    """Code within a line of Markdown."""
+    """Code within a line of Markdown, in more backticks than it has in a row, so that the text cannot close it."""
     text = str(value).replace("\n", "\\n")
-    fence = _fence(text, at_least=1)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") or not text else ""
     return f"{fence}{pad}{text}{pad}{fence}"
-
-
-def _fence(text: str, at_least: int) -> str:
-    """A fence of more backticks than `text` has in a row, so that the text cannot close it."""
-    return "`" * max(at_least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _escaped(text: str) -> str:
@@ -95,5 +81,4 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", text.replace("\n", "\\n"))
 
 
-TEMPLATES.filters |= {"block": _block, "code": _code, "escaped": _escaped}
-TEMPLATES.filters |= {"in_words": in_words, "shots": SHOTS.get, "is_path": is_path}
+TEMPLATES.filters |= {"code": _code, "escaped": _escaped, "in_words": in_words, "shots": SHOTS.get, "is_path": is_path}
