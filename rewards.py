@@ -139,6 +139,28 @@ def last_number(text: str) -> str | None:
     return f"{'-' if last['sign'] else ''}{last['currency']}{digits}{last['rest']}"
 
 
+MINUS_BEFORE_BOX = re.compile(rf"(?<![\w)}}\]]){MINUS}\s?\\boxed\s*\{{\Z")  # not the difference 9-\boxed{7}
+BOXED_OR_BRACE = re.compile(r"\\boxed\s{0,4}\{|\\[{}]|[{}]")
+
+
+def boxed_span(text: str) -> tuple[int, int] | None:
+    """Where the content of the last closed `\\boxed{}` stands, its braces balanced; None without one."""
+    opened, found = [], None  # where the content of each open box starts, None for another brace
+    for match in BOXED_OR_BRACE.finditer(text):
+        if match[0].endswith("{") and match[0] != "\\{":
+            opened.append(match.end() if len(match[0]) > 1 else None)
+        elif match[0] == "}" and opened and (start := opened.pop()) is not None:
+            found = (start, match.start())
+    return found
+
+
+def native_answer(text: str) -> str | None:
+    """The number in the last `\\boxed{}`, with a minus in front of it, else the last number; None without either."""
+    start, end = boxed_span(text) or (0, None)
+    sign = "-" if MINUS_BEFORE_BOX.search(text[max(0, start - 20) : start]) else ""
+    return last_number(sign + text[start:end].strip())
+
+
 def reflects(text: str) -> bool:
     """Whether the text holds a phrase of self-reflection."""
     lowered = text.lower()

@@ -30,7 +30,7 @@ ZERO_ADVANTAGE = (0.0, 0.25, 0.5, 0.75)  # shares of the groups
 def drawn(args) -> list[tuple[list[dict], list[list[str]]]]:
     """Steps: 4 problems each, and 16 solutions as texts for each of them."""
     from cold_start import target
-    from support.evaluation import Task
+    from evaluate import Task
 
     problems = Task("", dataset_name=str(args.dataset), dataset_test_split="train").problems()
     rng = random.Random(0)

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import demo
 import train_grpo
+from evaluate import Task
 from rewards import REWARD_FUNCS, XML_COT_FORMAT, to_prompt
-from support.evaluation import Task
 from support.generation import complete
 
 BARE_START = "from trl import GRPOConfig, ModelConfig, TrlParser"

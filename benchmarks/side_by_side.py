@@ -18,10 +18,10 @@ from jinja2 import FileSystemLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rewards import NUMBER_IN_TEXT, is_strict_format
+from evaluate import Task
+from rewards import NUMBER_IN_TEXT, boxed_span, is_strict_format
 from support.comparison import KINDS, SHOTS, cells, in_words, kinds
 from support.errors import BadInput
-from support.evaluation import Task, boxed_span
 from support.progress import TEMPLATES
 from support.record import printable, set_aside, write_whole
 

@@ -190,19 +190,25 @@ def check_reward_functions(reward_funcs: list, columns: list[str], trust_remote_
         raise BadInput(f"REWARD_FUNCS: {'; '.join(faults)}. They get {', '.join(given)}; **kwargs takes what is unused")
 
 
+def wrong_payment(name: str, paid, count: int) -> str | None:
+    """What is wrong with what a reward function has paid for `count` completions, or None. TRL reads NaN as None."""
+    what = f"{paid!r:.60}"
+    with suppress(TypeError):  # no list of numbers
+        odd = [(i, each) for i, each in enumerate(paid) if not isfinite(0 if each is None else each)]
+        if len(paid) == count and not odd and not isinstance(paid, dict):
+            return None
+        what = f"{odd[0][1]} for completion {odd[0][0]} of {len(paid)} ({len(odd)} such)" if odd else what
+    return f"{name} paid {what}; right are {count} finite numbers, or None where it does not apply"
+
+
 def checked(reward, name: str, trainer):
-    """`reward`, in any of TRL's forms, but where it pays what is no reward the run ends. TRL reads NaN as None."""
+    """`reward`, in any of TRL's forms, but where it pays what is no reward the run ends."""
 
     def look(paid, completions, **_) -> list:
-        what = f"{paid!r:.60}"
-        with suppress(TypeError):  # no list of numbers
-            odd = [(i, each) for i, each in enumerate(paid) if not isfinite(0 if each is None else each)]
-            if len(paid) == len(completions) and not odd and not isinstance(paid, dict):
-                return paid
-            what = f"{odd[0][1]} for completion {odd[0][0]} of {len(paid)} ({len(odd)} such)" if odd else what
-        right = f"right are {len(completions)} finite numbers, or None where it does not apply"
-        what = f"step {trainer.state.global_step + 1}: {name} paid {what}; {right}"
-        raise RunStopped(f"{what}. That step changed no weight; {kept(trainer.args.output_dir)}")
+        if wrong := wrong_payment(name, paid, len(completions)):
+            where = f"step {trainer.state.global_step + 1}: {wrong}"
+            raise RunStopped(f"{where}. That step changed no weight; {kept(trainer.args.output_dir)}")
+        return paid
 
     async def pay_later(**given) -> list:
         return look(await reward(**given), **given)

@@ -11,8 +11,8 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 import rewards
 from rewards import last_number, parse_number
 from support.errors import BadInput
-from support.evaluation import Task, answered, finish, score
-from support.faults import REWARD_ARGUMENTS, check_reward_functions
+from support.evaluation import score
+from support.faults import REWARD_ARGUMENTS, check_reward_functions, wrong_payment
 
 KINDS = {  # of a group, by its samples; the four shares make up 1
     "all_right": "all right, in the format",
@@ -20,64 +20,58 @@ KINDS = {  # of a group, by its samples; the four shares make up 1
     "never_in_format": "never in the format",
     "mixed": "mixed",
 }
+NO_COLUMNS = {*REWARD_ARGUMENTS, "prompt", "completion"}  # of the data, for rewards
 RESAMPLES = 2000  # of the problems, with replacement, for an interval
 
 
-def sample(task: Task) -> tuple[dict, list[dict]]:
-    """K sampled answers to each of the task's problems, as groups of GRPO: returns what samples-K.json says, and the
-    lines of samples-K.jsonl, one a problem; saves both. BadInput where it cannot be done."""
-    problems = task.problems()
-    columns = sorted(set().union(*problems) - {*REWARD_ARGUMENTS, "prompt", "completion"})
+def check_rewards(problems: list[dict]) -> None:
+    """BadInput where REWARD_FUNCS cannot pay samples of these problems: those that TRL cannot call, and models."""
     if models := [reward for reward in rewards.REWARD_FUNCS if not callable(reward) or hasattr(reward, "parameters")]:
-        name = getattr(models[0], "name_or_path", models[0])
-        raise BadInput(f"REWARD_FUNCS: --samples pays by functions, and {name!s:.60} is a model")
-    check_reward_functions(rewards.REWARD_FUNCS, columns)
-    rounds, unfinished = answered(task, problems)
-    groups = list(zip(*rounds, strict=True))
-    paid = pay(task, problems, groups, columns)
-    rows = [group_row(i, *group) for i, group in enumerate(zip(problems, groups, paid, strict=True))]
-    return finish(task, summarize(rows), rows, unfinished)
+        raise BadInput(f"REWARD_FUNCS: --samples pays by functions, and {models[0]!s:.60} is a model")
+    check_reward_functions(rewards.REWARD_FUNCS, sorted(set().union(*problems) - NO_COLUMNS))
 
 
-def pay(task: Task, problems: list[dict], groups: list[tuple], columns: list[str]) -> list[list[float]]:
+def rows_of(problems: list[dict], prompts: list[list[dict]], completions: list[dict]) -> list[dict]:
+    """The lines of samples-K.jsonl, one for each of B problems, from K rounds of B completions."""
+    groups = [completions[i :: len(problems)] for i in range(len(problems))]
+    each = zip(problems, groups, pay(problems, prompts, groups), strict=True)
+    return [group_row(i, *of_problem) for i, of_problem in enumerate(each)]
+
+
+def pay(problems: list[dict], prompts: list[list[dict]], groups: list[list[dict]]) -> list[list[float]]:
     """The total reward of each sample of each group, by REWARD_FUNCS as TRL calls them; a None counts as 0."""
-    pairs = [(problem, sample) for problem, group in zip(problems, groups, strict=True) for sample in group]
-    given = {column: [problem.get(column) for problem, _ in pairs] for column in columns} | {
-        "prompts": [task.prompt(problem["question"]) for problem, _ in pairs],
-        "completions": [[{"role": "assistant", "content": sample["text"]}] for _, sample in pairs],
-        "completion_ids": [sample["token_ids"] for _, sample in pairs],
+    whose = [i for i, group in enumerate(groups) for _ in group]
+    samples = [sample for group in groups for sample in group]
+    given = {column: [problems[i].get(column) for i in whose] for column in set().union(*problems) - NO_COLUMNS} | {
+        "prompts": [prompts[i] for i in whose],
+        "completions": [[{"role": "assistant", "content": sample["text"]}] for sample in samples],
+        "completion_ids": [sample["token_ids"] for sample in samples],
         "trainer_state": TrainerState(),
         "log_extra": lambda column, values: None,
         "log_metric": lambda name, value: None,
     }
-    total = numpy.zeros(len(pairs))
+    total = numpy.zeros(len(samples))
     for reward in rewards.REWARD_FUNCS:
         paid = asyncio.run(reward(**given)) if is_async_callable(reward) else reward(**given)
-        paid = numpy.array([0.0 if each is None else each for each in paid], dtype=float)
-        if paid.shape != total.shape or not numpy.isfinite(paid).all():
-            raise BadInput(
-                f"REWARD_FUNCS: {get_callable_name(reward)} pays no {len(pairs)} finite numbers, but {paid!r:.60}"
-            )
-        total += paid
+        if wrong := wrong_payment(get_callable_name(reward), paid, len(samples)):
+            raise BadInput(f"REWARD_FUNCS: {wrong}. The answers are kept, and the same command resumes")
+        total += [0.0 if each is None else float(each) for each in paid]
     return total.reshape(len(problems), -1).tolist()
 
 
-def group_row(index: int, problem: dict, group: tuple[dict, ...], paid: list[float]) -> dict:
+def group_row(index: int, problem: dict, group: list[dict], paid: list[float]) -> dict:
     """A line of samples-K.jsonl: a problem and its K samples, what they are, and whether they would teach."""
-    of_problem = ("index", "question", "gold")
-    scored = [score(index, problem, sample) for sample in group]
-    samples = [{key: one[key] for key in one if key not in of_problem} for one in scored]
-    if all(one["strict"] for one in samples):
+    scored = [{**score(index, problem, sample), "reward": reward} for sample, reward in zip(group, paid, strict=True)]
+    row = {key: scored[0][key] for key in ("index", "question", "gold")}
+    samples = [{key: value for key, value in one.items() if key not in row} for one in scored]
+    right, in_format = (sum(one[key] for one in samples) for key in ("strict", "format"))
+    if right == len(samples):
         kind = "all_right"
-    elif not any(one["format"] for one in samples):
+    elif not in_format:
         kind = "never_in_format"
-    elif all(one["format"] for one in samples) and not any(one["strict"] for one in samples):
-        kind = "all_wrong_in_format"
     else:
-        kind = "mixed"
-    row = {"index": index, "question": problem["question"], "gold": problem["answer"], "kind": kind}
-    samples = [{**one, "reward": reward} for one, reward in zip(samples, paid, strict=True)]
-    return {**row, "would_teach": max(paid) - min(paid) > 1e-6, "samples": samples}
+        kind = "mixed" if right or in_format < len(samples) else "all_wrong_in_format"
+    return {**row, "kind": kind, "would_teach": max(paid) - min(paid) > 1e-6, "samples": samples}
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -131,13 +125,6 @@ def averages(rows: list[dict], other: list[dict] | None = None) -> dict:
 def summarize(rows: list[dict]) -> dict:
     """What samples-K.json says of all problems."""
     samples = [one for row in rows for one in row["samples"]]
-
-    def mean(key: str) -> float:
-        return sum(one[key] for one in samples) / len(samples)
-
-    shares = {
-        "format_rate": mean("format"),
-        "truncated_rate": mean("truncated"),
-        "mean_completion_tokens": mean("tokens"),
-    }
+    names = {"format_rate": "format", "truncated_rate": "truncated", "mean_completion_tokens": "tokens"}
+    shares = {name: sum(one[key] for one in samples) / len(samples) for name, key in names.items()}
     return {"n": len(rows), **averages(rows), **shares}

@@ -29,13 +29,11 @@ FIXED = {  # defaults where no constant gives another
     "num_completions_to_print": 0,  # of TRL's own table; SAMPLE_EVERY is easier to read
 }
 RENAMED = {  # a pattern of flags that are typed from habit: what to type instead
-    "demo": "python demo.py",
     "model|model_name": "--model_name_or_path",
     "dataset|data": "--dataset_name",
     "batch_size": "--per_device_train_batch_size",
     "lr": "--learning_rate",
     "max_new_tokens": "--max_completion_length",
-    "cold_start.*": "python cold_start.py, then train_grpo.py --model_name_or_path with the folder that it left",
     "torch_dtype": "--dtype",
     "warmup_ratio": "--warmup_steps, which below 1 is a share of all steps",
     "no_cuda": "--use_cpu",

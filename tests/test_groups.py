@@ -6,9 +6,10 @@ import pytest
 
 import evaluate
 import rewards
+from evaluate import Task
+from rewards import to_prompt
 from support import groups
 from support.errors import BadInput
-from support.evaluation import Task
 
 RIGHT = "<reasoning>\nOne and 3.\n</reasoning>\n<answer>\n4\n</answer>"
 WRONG = RIGHT.replace("4", "5")
@@ -19,13 +20,14 @@ PROBLEM = {"question": "1 + 3?", "answer": "4", "rationale": ""}
 
 def rows(*groups_of_texts: tuple[str, ...]) -> list[dict]:
     """The lines of samples-K.jsonl for these samples of as many problems."""
-    samples = [
-        tuple({"text": text, "token_ids": [1, 2], "tokens": 2, "truncated": False} for text in texts)
-        for texts in groups_of_texts
+    completions = [
+        {"text": text, "token_ids": [1, 2], "tokens": 2, "truncated": False}
+        for texts in zip(*groups_of_texts, strict=True)
+        for text in texts
     ]
-    problems = [PROBLEM] * len(samples)
-    paid = groups.pay(Task("x"), problems, samples, ["question", "answer"])
-    return [groups.group_row(i, *group) for i, group in enumerate(zip(problems, samples, paid, strict=True))]
+    problems = [PROBLEM] * len(groups_of_texts)
+    prompts = [to_prompt(problem["question"]) for problem in problems]
+    return groups.rows_of(problems, prompts, completions)
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -89,11 +91,14 @@ def test_an_interval_covers_the_mean_it_is_of():
 
     draw, covered = numpy.random.default_rng(1), 0
     right, wrong = rows((RIGHT,), (WRONG,))
+    widths = []
     for _ in range(100):
         found = groups.averages([right if each else wrong for each in draw.random(100) < 0.3])
         low, high = found["strict"]["ci95"]["pass@1"]
         covered += low <= 0.3 <= high
+        widths.append(high - low)
     assert 0.88 <= covered / 100 <= 1
+    assert 0.15 < sum(widths) / 100 < 0.21, "as of a share of 100: 4 x sqrt(0.3 x 0.7 / 100)"
 
 
 def test_a_difference_is_of_the_same_problems():
@@ -110,24 +115,30 @@ def test_a_difference_is_of_the_same_problems():
     ("texts", "words"),
     [
         ((BARE, BARE), ["0% of the groups of 2 would teach", "100% are never in the format", "cold_start.py --model"]),
-        ((WRONG, OTHER), ["100% are all wrong, in the format", "easier problems, a larger model or more samples"]),
-        ((RIGHT, RIGHT), ["100% are all right, in the format", "harder problems"]),
+        ((BARE, "4"), ["100% of the groups of 2 would teach", "but 100% are never in the format", "cold_start.py --m"]),
+        ((WRONG, OTHER), ["100% teach nothing, being all wrong, in the format", "easier problems, a larger model"]),
+        ((RIGHT, RIGHT), ["100% teach nothing, being all right, in the format", "harder problems"]),
         ((RIGHT, WRONG), ["100% of the groups of 2 would teach", "enough for GRPO"]),
         ((WRONG, "no format"), ["no sample has the right number", "the format and no more"]),
         ((RIGHT,), ["one sample a problem is no group", "--samples 8"]),
     ],
 )
 def test_the_last_sentence_says_what_to_do(texts, words):
-    report = {"samples": len(texts), **groups.summarize(rows(texts))}
-    said = evaluate.advice(report, "outputs/cold")
+    said = advice(rows(texts))
     assert all(word in said for word in words), said
 
 
 def test_the_bounds_between_enough_and_few_are_said():
-    teaches, does_not = rows((RIGHT, WRONG), (WRONG, WRONG))
-    for share, word in ((0.6, "enough for GRPO"), (0.5, "it may do"), (0.3, "few, runs")):
-        report = groups.summarize([teaches] * round(10 * share) + [does_not] * round(10 * (1 - share)))
-        assert word in evaluate.advice({"samples": 2, **report}, "x")
+    teaches, does_not, solved = rows((RIGHT, WRONG), (WRONG, WRONG), (RIGHT, RIGHT))
+    for count, words in ((6, "enough for GRPO"), (5, "may learn from this, slowly"), (3, "have hardly learned")):
+        said = advice([teaches] * count + [does_not] * (9 - count) + [solved])
+        assert words in said
+        assert ("being all wrong, in the format" in said) == (count < 6), "of those that teach nothing the most"
+
+
+def advice(of: list[dict]) -> str:
+    """The last sentence on these rows."""
+    return evaluate.advice(groups.summarize(of), of, Task("outputs/cold", samples=len(of[0]["samples"])))
 
 
 async def waited_for(completions, **kwargs):
@@ -147,17 +158,17 @@ def test_rewards_of_a_users_own_decide_what_teaches(monkeypatch):
     assert [sample["reward"] for sample in same["samples"]] == [len(RIGHT)] * 2
 
 
-@pytest.mark.parametrize("paid", [[1.0], [float("nan"), 1.0], [float("inf"), 1.0]])
+@pytest.mark.parametrize("paid", [[1.0], [float("nan"), 1.0], [float("inf"), 1.0], ["a", "b"], [[1.0], [2.0]], None])
 def test_what_is_no_reward_is_said_with_its_functions_name(paid, monkeypatch):
     def odd(completions, **kwargs):
         return paid
 
     monkeypatch.setattr(rewards, "REWARD_FUNCS", [odd])
-    with pytest.raises(BadInput, match="odd pays no 2 finite numbers"):
+    with pytest.raises(BadInput, match=r"odd paid .* right are 2 finite numbers"):
         rows((RIGHT, WRONG))
 
 
-def test_a_reward_model_is_refused_before_anything_is_sampled(monkeypatch, data):
+def test_a_reward_model_is_refused_before_anything_is_sampled(monkeypatch):
     monkeypatch.setattr(rewards, "REWARD_FUNCS", ["owner/model"])
     with pytest.raises(BadInput, match="owner/model is a model"):
-        groups.sample(Task("nowhere", dataset_name=str(data)))
+        groups.check_rewards([PROBLEM])

@@ -43,7 +43,7 @@ def test_imports_run_down_from_the_commands_on_eight_floors():
 def test_the_house_stays_small_enough_to_read():
     lines = {path.stem: len(path.read_text().splitlines()) for path in (ROOT / "support").glob("*.py")}
     assert sum(lines.values()) <= 3200
-    assert len(lines) <= 20
+    assert len(lines) <= 21  # 20, and __init__
     assert len((ROOT / "train_grpo.py").read_text().splitlines()) <= 230
     assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted((*COMMANDS, "rewards"))
 

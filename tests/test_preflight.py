@@ -8,8 +8,8 @@ import torch
 from conftest import flags, problem, refused, write_jsonl
 
 import train_grpo
+from evaluate import check_weights
 from support.errors import BadInput
-from support.evaluation import check_weights
 from support.generation import vllm_obstacle
 from support.record import read_run
 
@@ -47,8 +47,6 @@ MISTAKES = [
     (["--resume_from_checkpoint", "./nowhere"], ["no such folder"], "a checkpoint that is not there"),
     (["--eval_strategy", "steps"], ["evaluate.py"], "an eval that this recipe does not run"),
     (["--use_vllm", "true"], ["USE_VLLM"], "vLLM without a GPU"),
-    (["--demo"], ["'--demo'; try python demo.py"], "what was typed until now"),
-    (["--cold_start_examples", "64"], ["try python cold_start.py, then train_grpo.py"], "what was typed until now"),
     (["--torch_dtype", "float32"], ["'--torch_dtype'; try --dtype"], "the older name"),
     (["--model", "x"], ["'--model'; try --model_name_or_path"], "other trainers' name"),
     (["--lr", "1"], ["'--lr'; try --learning_rate"], "other trainers' name"),
@@ -146,7 +144,7 @@ def test_a_mistake_is_explained_before_anything_loads(words, messages, reason, t
         ("num_generations: [4]", "NUM_GENERATIONS is [4]"),
         ("\tseed: 1", "found character"),
         ("just words", "must contain a YAML mapping"),
-        ("demo: true", "'--demo'; try python demo.py"),
+        ("lr: 1", "'--lr'; try --learning_rate"),
         ("learning-rate: 1e-6", "'--learning-rate'; try --learning_rate"),
         ("torch_dtype: bfloat16\ntop_p: 2", "'--torch_dtype'; try --dtype"),
         ("torch_dtype: bfloat16\ntop_p: 2", "TOP_P is 2"),

@@ -11,10 +11,11 @@ from conftest import COLD, GSM8K, flags, load_problems, problem, refused, settin
 import cold_start
 import evaluate
 import train_grpo
+from evaluate import Task
 from rewards import ONE_SHOT_QUESTION, SYSTEM_PROMPT, question_of, to_prompt
 from support import report
 from support.errors import BadInput
-from support.evaluation import LIMITS, Task
+from support.evaluation import LIMITS
 from support.problems import drop_long, is_path, load_tokenizer, tokenize
 from support.settings import read_settings
 

@@ -28,9 +28,9 @@ from conftest import (
 
 import rewards
 import train_grpo
+from evaluate import check_weights
 from support.checkpoints import checkpoints, newest_whole
 from support.errors import BadInput
-from support.evaluation import check_weights
 
 DAMAGES = {
     "no optimizer": ("optimizer.pt", None, "optimizer.pt is missing"),

@@ -14,6 +14,7 @@ import torch
 from conftest import GSM8K, launch, load_problems, problem, start, write_jsonl
 
 import evaluate
+import rewards
 from benchmarks import side_by_side
 from rewards import SYSTEM_PROMPT, same_number, to_prompt
 from support import comparison, evaluation, generation
@@ -91,7 +92,7 @@ KEYS = [
     ],
 )
 def test_last_number(text, number, reason):
-    assert evaluation.last_number(text) == number, reason
+    assert rewards.last_number(text) == number, reason
 
 
 def as_written(gold: str) -> list[str]:
@@ -108,12 +109,12 @@ def test_every_solution_of_gsm8k_is_read_as_its_gold_number():
     texts = [json.loads(line)["answer"] for split in ("train", "test") for line in (GSM8K / f"{split}.jsonl").open()]
     assert len(texts) == 8792
     solutions = [(text, *text.split("\n#### ")) for text in texts]
-    assert all(same_number(evaluation.last_number(text), gold) for text, _, gold in solutions)
-    right = sum(same_number(evaluation.last_number(rationale), gold) for _, rationale, gold in solutions)
+    assert all(same_number(rewards.last_number(text), gold) for text, _, gold in solutions)
+    right = sum(same_number(rewards.last_number(rationale), gold) for _, rationale, gold in solutions)
     assert right == 8556, "the others end with something else, such as a check"
     for gold in {gold for _, _, gold in solutions}:
         for written in as_written(gold):
-            assert same_number(evaluation.native_answer(written), gold), written
+            assert same_number(rewards.native_answer(written), gold), written
 
 
 SCORES = [
@@ -286,7 +287,7 @@ def test_vllm_takes_the_share_of_the_gpu_that_it_is_given_for_both_models(traine
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5], finish_reason="length")])] * len(prompts)
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=dict))
-    monkeypatch.setattr(evaluation, "vllm_obstacle", lambda use_cpu: None)
+    monkeypatch.setattr(evaluate, "vllm_obstacle", lambda use_cpu: None)
     run, baseline = str(trained[0]), str(shutil.copytree(policy, tmp_path / "baseline"))
     words = ["--limit", "2", "--no-native", "--output_dir", str(tmp_path / "out")]
     evaluate.main([run, "--compare", baseline, *words, "--vllm_gpu_memory_utilization", "0.3"])
@@ -398,7 +399,7 @@ def test_a_baseline_is_not_taken_from_another_revision(trained, policy, data, tm
 
 def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path):
     """U+2028 and U+0085 are line ends to Python, not to JSON."""
-    task = evaluation.Task(str(tmp_path), dataset_name=str(data), max_completion_length=12, limit=1)
+    task = evaluate.Task(str(tmp_path), dataset_name=str(data), max_completion_length=12, limit=1)
     (problem,) = task.problems()
     rows = [evaluation.score(0, problem, {"text": "a\u2028b\x85c\r", "tokens": 3, "truncated": False})]
     report = {
@@ -408,7 +409,7 @@ def test_a_saved_evaluation_reads_back_whatever_the_policy_wrote(data, tmp_path)
         "chat_template_kwargs": {},
         "system_prompt": task.system_prompt,
     }
-    evaluation.save(task, report, rows)
+    evaluate.save(task, report, rows)
     assert evaluate.load_evaluation(task.file, task) == (report, rows)
 
 
@@ -528,9 +529,9 @@ def test_a_look_at_a_few_problems_does_not_cost_the_answers_to_all(half_answered
 
 
 def test_what_a_model_in_a_folder_of_others_is_measured_for_goes_under_outputs(policy, monkeypatch):
-    task = evaluation.Task(str(policy))
+    task = evaluate.Task(str(policy))
     assert task.file == policy / "evaluation.json"
-    monkeypatch.setattr(evaluation.os, "access", lambda folder, mode: False)
+    monkeypatch.setattr(evaluate.os, "access", lambda folder, mode: False)
     assert task.file.parent == Path("outputs") / str(policy).strip("/").replace("/", "--")
 
 
@@ -581,20 +582,20 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_the_first_answer(babb
     ],
 )
 def test_a_native_answer_is_the_last_box_else_the_last_number(text, number, reason):
-    assert evaluation.native_answer(text) == number, reason
+    assert rewards.native_answer(text) == number, reason
 
 
 def test_reading_a_box_takes_linear_time():
     started = time.perf_counter()
-    assert evaluation.boxed_span("\\boxed{" * 200_000) is None
-    assert evaluation.boxed_span("\\boxed{" * 100_000 + "7" + "}" * 100_000) == (7, 800_000)
+    assert rewards.boxed_span("\\boxed{" * 200_000) is None
+    assert rewards.boxed_span("\\boxed{" * 100_000 + "7" + "}" * 100_000) == (7, 800_000)
     for part in ("1", "1 000 ", "1,", "-", ".", "1:00", "$", "^{", "1{,}", " - ", "1-"):
-        evaluation.last_number(part * 50_000)
+        rewards.last_number(part * 50_000)
     assert time.perf_counter() - started < 5
 
 
 def test_a_native_prompt_has_no_system_message_of_ours():
-    task = evaluation.Task("x", one_shot=True).natively()
+    task = evaluate.Task("x", one_shot=True).natively()
     (message,) = task.prompt("How many?")
     assert message["role"] == "user"
     assert message["content"].startswith("How many?\n")
@@ -605,7 +606,7 @@ def test_a_native_prompt_has_no_system_message_of_ours():
 def test_native_alone_lies_beside_the_recipes_evaluation(trained, tmp_path, capsys):
     evaluated(trained[0], "--native", "--limit", 3, "--output_dir", tmp_path)
     report = json.loads((tmp_path / "evaluation-native.json").read_text())
-    assert (report["n"], report["native_instruction"]) == (3, evaluation.NATIVE_INSTRUCTION)
+    assert (report["n"], report["native_instruction"]) == (3, evaluate.NATIVE_INSTRUCTION)
     assert not (tmp_path / "evaluation.json").exists()
     assert re.search(r"strict accuracy +-\n", capsys.readouterr().out), "what was not asked for is not measured"
 
@@ -659,4 +660,4 @@ def test_a_folder_without_weights_names_the_checkpoint_to_evaluate(trained, tmp_
             (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(BadInput, match="checkpoint-4"):
-        evaluation.check_weights(str(tmp_path))
+        evaluate.check_weights(str(tmp_path))

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,7 +15,7 @@ from transformers.utils.hub import hf_api
 
 import evaluate
 import train_grpo
-from support.evaluation import NATIVE_INSTRUCTION
+from evaluate import NATIVE_INSTRUCTION
 from support.report import write_report
 
 HOSTILE = (
@@ -51,7 +52,7 @@ def test_a_finished_run_leaves_its_report_with_what_it_knows(trained):
         facts["versions"]["trl"],
         "train_grpo.py --model_name_or_path",
         "![reward",
-        facts["system_prompt"].strip(),
+        textwrap.indent(facts["system_prompt"].strip(), "    "),
     ):
         assert text in card.text
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
@@ -87,7 +88,7 @@ def test_an_evaluation_writes_the_report_anew_with_what_was_measured(run, policy
     for text in ("before, native", "n = 5 could show", "Problems before and after", "### `neither`"):
         assert text in card.text
     assert card.data.eval_results is None, "5 problems of our own are not GSM8K's test split"
-    assert "```text\n" in card.text
+    assert "\n    strict accuracy " in card.text, "a block of code"
 
 
 @pytest.mark.parametrize(

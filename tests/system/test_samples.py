@@ -83,7 +83,7 @@ def test_a_policy_that_is_always_right_has_nothing_to_learn(sure, sevens, tmp_pa
     assert [sample["completion"] for row in rows for sample in row["samples"]] == [ANSWER] * 16
     out = capsys.readouterr().out
     assert "pass@4" in out
-    assert "100% are all right, in the format: take harder problems" in out
+    assert "100% teach nothing, being all right, in the format: take harder problems" in out
 
 
 def test_one_that_is_never_right_is_told_what_helps(sure, tmp_path, capsys):
@@ -98,8 +98,7 @@ def test_one_that_never_writes_the_format_is_told_of_the_cold_start(policy, data
     report, _ = sampled(policy, data, tmp_path)
     assert report["never_in_format"] == 1
     assert report["strict"]["pass@4"] == 0
-    if report["would_teach"] <= evaluate.LITTLE:
-        assert "python cold_start.py --model_name_or_path" in capsys.readouterr().out
+    assert "are never in the format: python cold_start.py --model_name_or_path" in capsys.readouterr().out
 
 
 def test_the_same_command_samples_the_same_and_another_seed_does_not(babbler, data, tmp_path):
@@ -174,6 +173,70 @@ def test_a_look_first_then_keep_does_not_sample_again(policy, data, tmp_path, ca
     assert "is there already" in ended(capsys, 1, words, evaluate)[1]
 
 
+def test_samples_of_something_else_are_not_kept(policy, data, tmp_path, capsys, monkeypatch):
+    sampled(policy, data, tmp_path / "out", "--split", "train", "--limit", 6)
+    words = ["--use_cpu", policy, "--samples", 4, "--dataset_name", data, "--output_dir", tmp_path / "out"]
+    words += ["--max_completion_length", 60, "--split", "train", "--limit", 6, "--keep", tmp_path / "kept"]
+    assert "seed: 42 there, 7 here" in ended(capsys, 1, [*words, "--seed", 7], evaluate)[1]
+    monkeypatch.setattr(evaluate.rewards, "__file__", str(data / "train.jsonl"))
+    assert "rewards py: " in ended(capsys, 1, words, evaluate)[1]
+    assert not (tmp_path / "kept").exists()
+
+
+def test_what_is_kept_has_the_names_that_training_reads_and_the_limits_that_were_measured(
+    policy, data, tmp_path, capsys
+):
+    other = shutil.copytree(data, tmp_path / "data")
+    (other / "test.jsonl").rename(other / "validation.jsonl")
+    words = ["--dataset_test_split", "validation", "--one_shot", "true", "--temperature", 0.7]
+    sampled(policy, other, tmp_path / "out", "--split", "train", *words, "--keep", tmp_path / "kept")
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"train.jsonl", "test.jsonl"}
+    command = capsys.readouterr().out.partition("next:  ")[2].strip()
+    assert command.endswith("--max_completion_length 60 --one_shot true --temperature 0.7")
+    lone = tmp_path / "lone" / "train.jsonl"
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    write_jsonl(lone, [{"task": row["question"], "result": row["answer"]} for row in rows])
+    words = ["--question_column", "task", "--answer_column", "result"]
+    sampled(policy, lone.parent, tmp_path / "out-2", "--split", "train", *words, "--keep", tmp_path / "kept-2")
+    out = capsys.readouterr().out
+    assert "--keep: without a test split" in out
+    assert out.strip().endswith("--eval_steps 0")
+    assert {path.name for path in (tmp_path / "kept-2").iterdir()} == {"train.jsonl"}
+    assert json.loads((tmp_path / "kept-2" / "train.jsonl").read_text().splitlines()[0])["result"].startswith("0 + 3")
+
+
+def test_mistakes_are_told_before_the_baseline_is_sampled(policy, data, tmp_path, capsys):
+    words = ["--samples", 2, "--dataset_name", data, "--compare", policy, "--use_cpu", "--output_dir", tmp_path]
+    for more, message in (
+        ([tmp_path / "typo", *words], "no such folder"),
+        ([policy, *words, "--chat_template_kwargs", '{"foo": 1}'], "no setting of the chat template"),
+        ([policy, *words, "--split", "train", "--keep", data / "train.jsonl" / "x"], "cannot be made there"),
+    ):
+        out, error = ended(capsys, 1, more, evaluate)
+        assert message in error
+        assert "baseline, " not in out
+
+
+def test_a_damaged_baseline_is_one_message(policy, data, tmp_path, capsys):
+    baseline = shutil.copytree(policy, tmp_path / "before")
+    sampled(policy, data, baseline, "--limit", 2)
+    words = ["--use_cpu", policy, "--samples", 4, "--dataset_name", data, "--limit", 2, "--max_completion_length", 60]
+    words += ["--compare", baseline, "--output_dir", tmp_path / "out"]
+    lines = (baseline / "samples-4.jsonl").read_text().splitlines()
+    fewer = {**json.loads(lines[0]), "samples": json.loads(lines[0])["samples"][:3]}
+    for first in ("[1]", json.dumps(fewer), '{"question": "?", "gold": "1"}'):
+        (baseline / "samples-4.jsonl").write_text("\n".join([first, *lines[1:]]) + "\n")
+        assert "cannot be read" in ended(capsys, 1, words, evaluate)[1]
+
+
+def test_a_picture_has_both_models_whatever_their_names(sure, sevens, tmp_path):
+    report, _ = sampled(sure, sevens, tmp_path / "same" / "name")
+    picture = evaluate.draw_pass_at_k([("a/name", report), ("b/name", report)])
+    assert [line.get_label() for line in picture.axes[0].lines] == [
+        f"{key}: {name}" for name in ("a/name", "b/name") for key in ("strict", "lenient")
+    ]
+
+
 def test_none_that_would_teach_leaves_no_folder(sure, sevens, tmp_path, capsys):
     words = [sure, "--samples", 2, "--split", "train", "--dataset_name", sevens, "--temperature", 0.1]
     words += ["--keep", tmp_path / "kept", "--output_dir", tmp_path, "--max_completion_length", 60, "--use_cpu"]
@@ -189,14 +252,18 @@ def test_problems_that_a_cold_start_has_shown_are_left_out(policy, data, tmp_pat
         report, rows = sampled(words[0], data, tmp_path / "out", "--split", "train", *words[1:])
         assert report["n"] == 32 - len(shown) == 27
         assert not {row["question"] for row in rows} & shown
-        assert "without the 5 problems that a cold start has shown" in capsys.readouterr().out
+        assert "5 problems that a cold start has shown are left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--samples", "0"], "--samples must be at least 1"),
-        (["--samples", "4", "--temperature", "0"], "--temperature must be above 0"),
+        (["--samples", "4", "--temperature", "0"], "--temperature must be a number above 0"),
+        (["--samples", "4", "--temperature", "inf"], "--temperature must be a number above 0"),
+        (["--samples", "4", "--seed", "-1"], "--seed must be at least 0"),
+        (["--samples", "1", "--split", "train", "--keep", "kept"], "groups of at least two"),
+        (["--samples", "4", "--split", "train", "--keep", ""], "--keep needs a folder"),
         (["--temperature", "0.7"], "--temperature is for --samples"),
         (["--seed", "1"], "--seed is for --samples"),
         (["--split", "train"], "--split is for --samples"),
@@ -208,8 +275,9 @@ def test_problems_that_a_cold_start_has_shown_are_left_out(policy, data, tmp_pat
     ],
 )
 def test_flags_that_do_not_go_together(words, message, policy, capsys):
-    out, _ = ended(capsys, 2, [policy, *words], evaluate), None
-    assert message in str(out)
+    with pytest.raises(SystemExit):
+        evaluate.main([str(policy), *words])
+    assert message in capsys.readouterr().err
 
 
 def test_two_processes_are_refused(policy, monkeypatch, capsys):

@@ -22,8 +22,8 @@ from conftest import ROOT, flags, identical, launch, problem, start, until, weig
 from filelock import FileLock
 
 import demo
+from evaluate import Task, evaluate
 from support.checkpoints import flaw, newest_whole
-from support.evaluation import Task, evaluate
 
 pytestmark = [
     pytest.mark.vllm,
@@ -168,15 +168,15 @@ def test_samples_are_the_same_twice_and_after_a_kill(world, tmp_path):
         time.sleep(0.01)
     engines = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    process.communicate()
-    for engine in engines:
+    for engine in engines:  # which hold the pipes that are read next
         engine.kill()
+    process.communicate()
     (kept,) = folder.glob("samples-4.unfinished-*")
     assert 0 < kept.read_text().count("token_ids") < 160
     assert "resuming: " in finished("evaluate.py", *words, folder)
     rows = [json.loads(line) for line in (folder / "samples-4.jsonl").open()]
     assert rows == [json.loads(line) for line in (tmp_path / "whole" / "samples-4.jsonl").open()]
-    assert len({sample["completion"] for row in rows for sample in row["samples"]}) > 100
+    assert len({sample["completion"] for row in rows for sample in row["samples"]}) > 60, "several for a problem"
     report = json.loads((folder / "samples-4.json").read_text())
     assert 0.5 < report["lenient"]["pass@1"] < report["lenient"]["pass@4"]
 
