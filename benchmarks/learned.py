@@ -21,6 +21,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rewards import completion_text
+from support.curves import read_log
 
 STEPS = 25  # a row
 COLUMNS = {  # of the log, and what a mean of it is multiplied by
@@ -39,7 +40,7 @@ def main():
     parser.add_argument("evaluations", type=Path, nargs="*", help="evaluation.jsonl of evaluate.py")
     args = parser.parse_args()
     run = args.run
-    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    log = read_log(run)
     steps = [row for row in log if "reward" in row]
     right = [row["correct_rate"] for row in steps]
     logged = samples(run)
