@@ -193,7 +193,7 @@ def read_task(argv: list[str] | None) -> Task:
         metavar="FOLDER",
         help="write those of --split train that would teach there, for train_grpo.py",
     )
-    add("--batch_size", type=int, help=f"problems at a time ({BATCH_SIZE})")
+    add("--batch_size", type=int, help=f"answers at a time ({BATCH_SIZE})")
     add("--use_vllm", type=string_to_bool, metavar="true|false", help="default: where it is installed with a GPU")
     add("--vllm_gpu_memory_utilization", type=float, metavar="SHARE", help="of the GPU's memory (default: vLLM's own)")
     add("--use_cpu", action="store_true", help="even where there is a GPU")

@@ -94,8 +94,9 @@ def _fingerprint(task, asked: list) -> str:
         if Path(name).is_dir():
             files = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*config.json")])
             asked += [[path.name, checksum(path)] for path in files]
-        else:  # in the Hub's cache, in a folder with the commit's name; an adapter has no config.json
-            asked += [cached_file(name, "tokenizer_config.json", revision=task.model_revision)]
+        else:  # in the Hub's cache, in a folder with the commit's name; an adapter there has no config.json
+            file = "tokenizer_config.json" if name == task.model else "config.json"
+            asked += [cached_file(name, file, revision=task.model_revision)]
     return xxhash.xxh3_128_hexdigest(json.dumps(asked, sort_keys=True).encode())
 
 
