@@ -65,7 +65,7 @@ NEEDS = {  # a flag that says nothing without another one, or only beside one va
     "split": ("samples", None),
     "keep": ("split", "train"),
 }
-# Shares of groups whose rewards differ, in runs with SmolLM2-135M (docs/evaluation.md): at ENOUGH and above the policy
+# Shares of groups whose rewards differ, in runs with SmolLM2-135M (docs/samples.md): at ENOUGH and above the policy
 # learned its problems, between the two slowly, at LITTLE and below not
 ENOUGH, LITTLE = 0.54, 0.38
 UNUSED = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "reward_weights": None}  # of a run

@@ -26,7 +26,7 @@ FORMATS = (".json", ".csv", ".parquet", ".arrow")  # files that `datasets` reads
 
 def load_problems(settings, split: str) -> tuple[list[dict], str | None]:
     """Load one split, "train" or "test", of the data that the settings of a training or an evaluation name, in one of
-    the forms of docs/models-and-data.md. An answer is a number, or a rationale and `#### number`.
+    the forms of docs/data.md. An answer is a number, or a rationale and `#### number`.
 
     Returns the problems, dicts of `question`, `answer` (the gold number as text, commas kept), `rationale` (perhaps '')
     and the other columns, and the Hub revision, None from disk. DROP_NON_NUMERIC leaves rows out whose answer is no

@@ -374,43 +374,6 @@ def test_without_a_gpu_the_bare_command_says_what_works_instead():
     assert len(done.stderr.splitlines()) < 5
 
 
-@pytest.mark.slow
-def test_the_demo_learns_the_format_and_then_the_sums(tmp_path):
-    output = tmp_path / "demo"
-    done = start("demo.py", "--output_dir", output)
-    assert done.returncode == 0, done.stderr[-4000:]
-    run, taught = output / "grpo-42", output / "taught-42"
-    before, after = (json.loads((folder / "evaluation.json").read_text()) for folder in (taught, run))
-    assert before["n"] == after["n"] == 200
-    assert before["strict_accuracy"] < 0.05
-    assert 0.40 <= before["lenient_accuracy"] <= 0.75
-    assert after["strict_accuracy"] >= 0.92
-    assert after["lenient_accuracy"] >= 0.92
-    assert (
-        len(re.findall(r"(?:with the same prompt, strict|\(lenient\)): better by .* p < 0.001, n = 200", done.stdout))
-        == 2
-    )
-    assert "{'train_runtime'" not in done.stdout
-    typed = [line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("$ ")]
-    assert typed == [["python", "evaluate.py"], ["python", "train_grpo.py"], ["python", "evaluate.py"]]
-    told = done.stdout.partition("---- one problem, gold ")[2]
-    gold = told.partition(" ----")[0]
-    wrong, right = told.split("after GRPO:")
-    assert f"= {int(gold) - 10}." in wrong, "the carry was forgotten"
-    assert f"<answer>\n{gold}\n</answer>" in right
-
-    trained = weights(run)
-    again = start("demo.py", "--output_dir", output, "--max_steps", 1, "--temperature", 0)
-    assert again.returncode == 2, "that of the command that fails"
-    assert "taught by an earlier demo" in again.stdout
-    assert "TEMPERATURE is 0.0" in again.stderr
-    again = start("demo.py", "--output_dir", output, "--max_steps", 1, "--bf16", "true")
-    assert again.returncode == 0, again.stderr[-4000:]
-    assert "compute bfloat16" in again.stdout, "after a teaching in fp32"
-    assert json.loads((output / "grpo-42-2" / "run.json").read_text())["settings"]["max_steps"] == 1
-    assert identical(weights(run), trained), "what an earlier demo left stays"
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_run_on_cuda_computes_in_bf16_and_evaluates_there(policy, data, tmp_path):
