@@ -306,10 +306,11 @@ def next_command(settings) -> str:
     """What to type next: the same data and the same prompts, where they are not the constants'."""
     words = ["python", "train_grpo.py", "--model_name_or_path", settings.output_dir]
     data = ("dataset_name", "dataset_config", "question_column", "answer_column", "drop_non_numeric")
+    splits = {"dataset_train_split": "train", "dataset_test_split": "test"}  # flags without a constant
     prompt = ("max_prompt_length", "chat_template_kwargs", "one_shot", "system_prompt_in_question")
-    for name in (*data, *prompt):
+    for name in (*data, *splits, *prompt):
         value = getattr(settings, name)
-        if value != globals()[name.upper()]:
+        if value != splits.get(name, globals().get(name.upper())):
             words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return shlex.join(words)
 

@@ -2,7 +2,7 @@
 
     python demo.py                    # trains in outputs/demo/grpo-42
     python demo.py --seed 7           # another policy, another run
-    python demo.py --max_steps 20     # any flag of train_grpo.py
+    python demo.py --max_steps 20     # other flags go to train_grpo.py
 
 The policy is a Qwen2 of 0.8M parameters with a small BPE tokenizer of its own. It is first taught sums, made up as word
 problems, by a careless teacher, who writes the required format in 30% of the solutions and forgets the carry in 60% of

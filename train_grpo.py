@@ -1,7 +1,7 @@
 """GRPO on GSM8K: teach a small instruct model to reason, with verifiable rewards, in one readable script.
 
     python train_grpo.py                                      # a CUDA GPU: Qwen2.5-1.5B-Instruct on GSM8K
-    python train_grpo.py --learning_rate 1e-6                 # every TRL flag works; --help lists them
+    python train_grpo.py --learning_rate 1e-6                 # TRL's flags work; --help lists them
     python train_grpo.py --model_name_or_path outputs/cold    # what cold_start.py left
     python demo.py                                            # any machine, offline: the whole story in minutes
 
@@ -99,7 +99,7 @@ DTYPE = "float32"  # master weights: in bf16 most of a small update rounds away 
 BF16 = True  # compute in bf16
 USE_VLLM = None  # None: vLLM in this process where it is installed and a GPU is there; True and False insist
 VLLM_GPU_MEMORY_UTILIZATION = 0.3  # 24 GB of 80; 1.5B needs 3 for bf16 weights and 1.4 for 64 x 768 tokens
-VLLM_ENABLE_SLEEP_MODE = False  # True frees that share during the update, and costs seconds a step; for a small GPU
+VLLM_ENABLE_SLEEP_MODE = False  # True frees that share during the update, which takes time; for a small GPU
 
 
 def to_prompt(question: str, settings) -> list[dict]:

@@ -1,6 +1,7 @@
 """What a cold start shows: solutions that the rewards pay in full."""
 
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,17 @@ def test_a_templates_settings_are_json_on_the_command_line(tmp_path):
     words = ["--use_cpu", "true", "--output_dir", str(tmp_path), "--chat_template_kwargs", '{"enable_thinking": false}']
     settings = read_settings(vars(cold_start), words, cold_start.ColdStartSettings)
     assert settings.chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_the_next_command_has_the_same_data_and_prompts(babbler, data, tmp_path):
+    run, asked = tmp_path / "run", {"dataset_train_split": "test", "answer_column": "target", "one_shot": "true"}
+    words = cold_flags(babbler, data, run, **asked, max_prompt_length="400")
+    settings = read_settings(vars(cold_start), words, cold_start.ColdStartSettings)
+    assert shlex.split(cold_start.next_command(settings)) == [
+        *("python", "train_grpo.py", "--model_name_or_path", str(run), "--dataset_name", str(data)),
+        *("--answer_column", "target", "--dataset_train_split", "test"),
+        *("--max_prompt_length", "400", "--one_shot", "true"),
+    ]
 
 
 def test_a_resumed_cold_start_keeps_its_examples_wherever_it_goes_on(tmp_path):

@@ -4,12 +4,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, identical, weights
+from conftest import ROOT, identical, until, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # the second to run finds the policy taught
 
@@ -23,11 +24,18 @@ def clone(tmp_path_factory) -> Path:
     )
 
 
-def start(folder: Path, *words) -> subprocess.CompletedProcess:
-    """Python with these words, in `folder`, as a user starts it there."""
+def launch(folder: Path, *words) -> subprocess.Popen:
+    """Python with these words, in `folder`, as a user starts it there; a group of processes of its own."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
-    words = [sys.executable, *map(str, words)]
-    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-u", *map(str, words)]
+    return subprocess.Popen(words, cwd=folder, env=env, start_new_session=True, **pipes)
+
+
+def start(folder: Path, *words) -> subprocess.CompletedProcess:
+    process = launch(folder, *words)
+    out, errors = process.communicate(timeout=1800)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
 def evaluation(folder: Path) -> dict:
@@ -81,17 +89,26 @@ for cell in json.load(open("demo.ipynb"))["cells"]:
 """
 
 
-def test_the_notebook_runs_and_shows_that_it_learned(clone):
-    """Its code cells in order, in one process, started in the notebook's folder, as Jupyter does."""
-    done = start(clone / "notebooks", "-c", CELLS)
+def test_the_notebook_can_be_interrupted_resumes_and_shows_that_it_learned(clone):
+    """Its code cells in order, in one process, started in the notebook's folder, as Jupyter does; an interrupt of the
+    kernel reaches what it has started, too."""
+    folder, demo = clone / "notebooks", clone / "outputs" / "demo"
+    first = launch(folder, "-c", CELLS)
+    seen = until(first, "step  5/80")
+    os.killpg(first.pid, signal.SIGINT)
+    out, errors = first.communicate(timeout=300)
+    assert first.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    (saved,) = (demo / "notebook").glob("checkpoint-*")
+    assert f"checkpoint-{saved.name.split('-')[1]}" in out, "it says so"
+    assert "95% interval" in seen, "of the first command"
+
+    done = start(folder, "-c", CELLS)
     assert done.returncode == 0, done.stderr[-4000:]
-    demo = clone / "outputs" / "demo"
+    assert f"resuming after step {saved.name.split('-')[1]}" in done.stdout
     has_learned(demo / "taught-42", demo / "notebook")
     typed = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ python ")]
     assert typed == ["evaluate.py", "train_grpo.py", "evaluate.py"]
     table, _, samples = done.stdout.partition("strict results in pairs")
     assert "95% interval" in table
     assert len(re.findall(r"\?\n\nbefore:\n\d \+ .*\n\nafter:\n<reasoning>", samples)) == 3
-    again = start(clone / "notebooks", "-c", CELLS)
-    assert again.returncode == 0, again.stderr[-4000:]
-    assert "already complete" in again.stdout, "running all cells again trains nothing anew"
