@@ -312,7 +312,7 @@ def next_command(settings) -> str:
         value = getattr(settings, name)
         if value != splits.get(name, globals().get(name.upper())):
             words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return shlex.join(words)
+    return shlex.join(words + (["--use_cpu", "true"] if settings.use_cpu else []))
 
 
 def main(argv: list[str] | None = None) -> None:

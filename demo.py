@@ -231,7 +231,7 @@ def taught_policy(folder: Path, seed: int, use_cpu: bool) -> Path:
         return taught
     if taught.exists():
         sys.exit(f"demo.py: {taught} was taught with other constants: remove it, or give another --output_dir")
-    print(f"{taught}: teaching a tiny policy sums, {TEACHING_STEPS} supervised steps", flush=True)
+    print(f"{taught}: teaching a tiny policy sums, {TEACHING_STEPS} supervised steps, a minute or two", flush=True)
     teach(taught, seed, use_cpu)
     return taught
 
@@ -259,7 +259,8 @@ def show_one(before: Path, after: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="(%(default)s)")
+    where = "of the demo: its problems, policies and runs (%(default)s)"
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help=where)
     parser.add_argument("--seed", type=int, default=42, help="of the policy, its teaching and GRPO (%(default)s)")
     flags, more = parser.parse_known_args(argv)
     if processes.count() > 1:
@@ -267,20 +268,26 @@ def main(argv: list[str] | None = None) -> None:
     processes.quiet()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # more would take a launcher
     has_gpu = torch.cuda.is_available()
-    problems = flags.output_dir / "problems"
-    write_problems(problems)
-    taught = taught_policy(flags.output_dir, flags.seed, use_cpu=not has_gpu)
+    problems, taught = flags.output_dir / "problems", flags.output_dir / f"taught-{flags.seed}"
     runs = [f"grpo-{flags.seed}", *(f"grpo-{flags.seed}-{number}" for number in range(2, 1000))]
     run = next(flags.output_dir / name for name in runs if not (flags.output_dir / name).exists())  # earlier ones stay
     settings = {"model_name_or_path": taught, "dataset_name": problems, "output_dir": run, "seed": flags.seed, **GRPO}
     settings["use_cpu"] = str(not has_gpu).lower()
     settings["bf16"] = str(has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)).lower()
-    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    words = [*(word for name, value in settings.items() for word in (f"--{name}", str(value))), *more]
+    write_problems(problems)
+    if more:  # flags of train_grpo.py, whose mistakes are told before the policy is taught
+        reading = "import train_grpo; from support.settings import read_settings; read_settings(vars(train_grpo))"
+        here = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        given = [*words, "--model_name_or_path", "a/policy"]  # its folder is not there yet
+        if status := subprocess.run([sys.executable, "-c", reading, *given], env=here).returncode:
+            sys.exit(status)
+    taught_policy(flags.output_dir, flags.seed, use_cpu=not has_gpu)
     measured = ["--dataset_name", problems, "--max_completion_length", GRPO["max_completion_length"]]
     decoded = ["--use_vllm", "false", *([] if has_gpu else ["--use_cpu"])]
     if not (taught / "evaluation.json").is_file():
         type_in("evaluate.py", taught, *measured, *decoded)
-    type_in("train_grpo.py", *words, *more)
+    type_in("train_grpo.py", *words)
     type_in("evaluate.py", run, "--compare", taught, "--no-native", *decoded)
     show_one(taught, run)
 

@@ -154,7 +154,10 @@ def json_object(text: str) -> dict:
 def read_task(argv: list[str] | None) -> Task:
     """What the flags ask for; what none names comes from the run that trained the model, else from `Task`."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS
+        usage="python evaluate.py MODEL [--FLAG VALUE ...]",
+        description=__doc__.split("\n\n")[0],
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
     add("model", type=os.path.expanduser, help="Hub name, local folder, or a run's folder or checkpoint")
@@ -385,7 +388,7 @@ def load_evaluation(path: Path, task: Task) -> tuple[dict, list[dict]]:
         same = sum(map(eq, asked, wanted))
         differing.insert(0, f"problems: {len(asked)} there, {len(wanted)} here, {same} of them the same")
     if differing:
-        anew = f"Evaluate {task.model} anew in this way first: earlier files are kept"
+        anew = f"Evaluate {task.model} first, with flags for what is said to be here: earlier files are kept"
         raise BadInput(f"{folder}: its evaluation is not comparable. {'; '.join(differing)}. {anew}")
     return report, rows
 
@@ -590,7 +593,8 @@ def keep(task: Task, rows: list[dict], held_out: list[dict] | None) -> None:
         value = getattr(task, name)
         if (value or None) != (getattr(usual, name) or None):
             words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    print(f"next:  {shlex.join(words)}{'' if held_out else ' --eval_steps 0'}")
+    words += [*(["--use_cpu", "true"] if task.use_cpu else []), *([] if held_out else ["--eval_steps", "0"])]
+    print(f"next:  {shlex.join(words)}")
 
 
 # ---- the command

@@ -18,7 +18,7 @@ SMOOTHED_OVER = 20  # raw values are faint; the bold line is a mean over 1/20 of
 MOST = {"correctness": 2.0, "int": 0.5, "strict format": 0.5, "soft format": 0.5, "xmlcount": 0.5}  # that a reward pays
 REWARDS = {f"rewards/{label.replace(' ', '_')}_reward_func/mean": label for label in MOST}
 PANELS = {  # by their titles: names in the log, and in the legend. A panel of shares goes from 0 to 1
-    "reward: total (0 to 4) and its spread": {"reward": "reward"},
+    "reward: total and its spread": {"reward": "reward"},
     "format first, then correctness: share of the most": REWARDS,
     "accuracy: share correct": {
         "correct_rate": "sampled",

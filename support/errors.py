@@ -3,6 +3,7 @@
 import re
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 import httpx
 from datasets.exceptions import DatasetNotFoundError  # its text is all that is left of the Hub's answer
@@ -39,7 +40,8 @@ def loading(what: str, name: str, instead: str, *errors: type[Exception]):
     except (OSError, ValueError, ImportError, httpx.HTTPError, SafetensorError, *errors) as error:
         said = (what == "dataset" and error.__cause__) or error  # that a table cannot be read has its reason as cause
         reason = trouble(error, what, name, instead) or f"it cannot be loaded ({str(said).strip()}). {instead}"
-        raise BadInput(f"{what} {name!r}: {reason}") from error
+        here = "" if Path(name).exists() else "no such folder here, and "
+        raise BadInput(f"{what} {name!r}: {here}{reason}") from error
 
 
 def trouble(error: Exception, what: str, name: str, instead: str) -> str | None:

@@ -97,8 +97,7 @@ def measures(row: dict) -> dict[str, float]:
     }
     counts = sorted({2**power for power in range(len(samples).bit_length())} | {len(samples)})
     for key, answers in votes.items():
-        right = sum(one[key] for one in samples)
-        found |= {f"{key} pass@{k}": pass_at_k(len(samples), right, k) for k in counts}
+        found |= {f"{key} pass@{k}": pass_at_k(len(samples), sum(one[key] for one in samples), k) for k in counts}
         found[f"{key} maj@{len(samples)}"] = majority(answers, row["gold"])
     return found | {"would_teach": row["would_teach"]} | {kind: row["kind"] == kind for kind in KINDS}
 

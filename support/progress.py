@@ -113,8 +113,7 @@ class Progress(ProgressCallback):
     def __init__(self, trainer, settings):
         super().__init__()
         self.trainer, self.settings = trainer, settings
-        self.steps_without_signal = 0  # in a row
-        self.has_warned = False
+        self.steps_without_signal, self.has_warned = 0, False  # steps in a row
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -141,8 +140,7 @@ class Progress(ProgressCallback):
         super().on_step_end(args, state, control, **kwargs)
         every = self.settings.sample_every
         if state.is_world_process_zero and every and state.global_step % every == 0 and self.trainer.last_generation:
-            left = self.pace.left(state)
-            self.training_bar.write(sample_text(state.global_step, self.trainer.last_generation, left))
+            self.training_bar.write(sample_text(state.global_step, self.trainer.last_generation, self.pace.left(state)))
 
     def on_train_end(self, args, state, control, **kwargs):
         super().on_train_end(args, state, control, **kwargs)

@@ -37,6 +37,7 @@ RENAMED = {  # a pattern of flags that are typed from habit: what to type instea
     "torch_dtype": "--dtype",
     "warmup_ratio": "--warmup_steps, which below 1 is a share of all steps",
     "no_cuda": "--use_cpu",
+    "resume|resume_from": "--resume_from_checkpoint auto",
 }
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-# the tests share the machine's cores (`-n` in pyproject.toml), and several threads each would wait for one another
+# the tests share the machine's cores, two at a time (below), and several threads each would wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

@@ -259,7 +259,7 @@ def test_the_command_that_follows_a_cold_start_has_its_prompt(policy, data, tmp_
     model, thought = changed(policy, tmp_path / "model", QWEN3), '{"enable_thinking": false}'
     small = {"examples": "8", "num_train_epochs": "1", "chat_template_kwargs": thought}
     cold_start.main(cold_flags(model, data, tmp_path / "cold", **small))
-    more = f"--dataset_name {data} --chat_template_kwargs '{thought}'"
+    more = f"--dataset_name {data} --chat_template_kwargs '{thought}' --use_cpu true"
     assert capsys.readouterr().out.endswith(f"--model_name_or_path {tmp_path / 'cold'} {more}\n")
 
 

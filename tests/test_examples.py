@@ -158,7 +158,7 @@ def test_the_next_command_has_the_same_data_and_prompts(babbler, data, tmp_path)
     assert shlex.split(cold_start.next_command(settings)) == [
         *("python", "train_grpo.py", "--model_name_or_path", str(run), "--dataset_name", str(data)),
         *("--answer_column", "target", "--dataset_train_split", "test"),
-        *("--max_prompt_length", "400", "--one_shot", "true"),
+        *("--max_prompt_length", "400", "--one_shot", "true", "--use_cpu", "true"),
     ]
 
 

@@ -53,6 +53,7 @@ MISTAKES = [
     (["--warmup_ratio=0.1"], ["try --warmup_steps, which below 1 is a share of all steps"], "the older name"),
     (["--use_liger_loss", "true"], ["'--use_liger_loss'; try --use_liger_kernel"], "the older name"),
     (["--no-cuda"], ["'--no-cuda'; try --use_cpu"], "the older name"),
+    (["--resume", "auto"], ["'--resume'; try --resume_from_checkpoint auto"], "a shorter name"),
     (["--loss_type", "foo"], ["LOSS_TYPE is 'foo'; it must be one of: dapo"], "seen at the first loss"),
     (
         ["--scale_rewards", "foo"],

@@ -133,6 +133,6 @@ def test_what_trl_cannot_call_is_refused_by_name_and_all_at_once():
         "They get prompts, completions, completion_ids, trainer_state, log_extra, log_metric, answer; **kwargs takes",
     ):
         assert words in message
-    with pytest.raises(BadInput, match=r"reward model './nowhere/judge': it cannot be loaded"):
+    with pytest.raises(BadInput, match=r"reward model './nowhere/judge': no such folder here, and it cannot be loaded"):
         check_reward_functions([length, "./nowhere/judge"], ["prompt"])
     check_reward_functions([by_level, *FORMS, torch.nn.Linear(1, 1)], ["prompt", "answer", "level"])

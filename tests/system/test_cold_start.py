@@ -57,7 +57,7 @@ def test_it_prints_what_it_shows_a_line_a_step_and_what_to_type_next(cold):
     assert "step 5/120  loss " in done.stdout
     said = json.loads((run / "run.json").read_text())
     command = f"python train_grpo.py --model_name_or_path {run} --dataset_name {said['settings']['dataset_name']}"
-    assert done.stdout.splitlines()[-1] == f"next:  {command}"
+    assert done.stdout.splitlines()[-1] == f"next:  {command} --use_cpu true", "where it ran, too"
     assert said["outcome"] == "finished"
     assert (run / "cold_start.py").is_file(), "as it ran"
 

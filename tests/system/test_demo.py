@@ -69,12 +69,13 @@ def test_the_demo_learns_the_format_and_then_the_sums(clone):
     assert f"<answer>\n{gold}\n</answer>" in right
 
     trained = weights(run)
-    again = start(clone, "demo.py", "--max_steps", 1, "--temperature", 0)
-    assert again.returncode == 2, "that of the command that fails"
-    assert "taught by an earlier demo" in again.stdout
-    assert "TEMPERATURE is 0.0" in again.stderr
+    wrong = start(clone, "demo.py", "--output_dir", "outputs/other", "--temperature", 0)
+    assert wrong.returncode == 2
+    assert "TEMPERATURE is 0.0" in wrong.stderr
+    assert "teaching" not in wrong.stdout, "it is told before"
     again = start(clone, "demo.py", "--max_steps", 1, "--bf16", "true")
     assert again.returncode == 0, again.stderr[-4000:]
+    assert "taught by an earlier demo" in again.stdout
     assert "compute bfloat16" in again.stdout, "after a teaching in fp32"
     assert json.loads((demo / "grpo-42-2" / "run.json").read_text())["settings"]["max_steps"] == 1
     assert identical(weights(run), trained), "what an earlier demo left stays"

@@ -192,7 +192,7 @@ def test_what_is_kept_has_the_names_that_training_reads_and_the_limits_that_were
     sampled(policy, other, tmp_path / "out", "--split", "train", *words, "--keep", tmp_path / "kept")
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"train.jsonl", "test.jsonl"}
     command = capsys.readouterr().out.partition("next:  ")[2].strip()
-    assert command.endswith("--max_completion_length 60 --one_shot true --temperature 0.7")
+    assert command.endswith("--max_completion_length 60 --one_shot true --temperature 0.7 --use_cpu true")
     lone = tmp_path / "lone" / "train.jsonl"
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     write_jsonl(lone, [{"task": row["question"], "result": row["answer"]} for row in rows])
