@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from operator import eq
 from pathlib import Path
 
+import torch
 from transformers.hf_argparser import string_to_bool
 
 import rewards
@@ -593,7 +594,8 @@ def keep(task: Task, rows: list[dict], held_out: list[dict] | None) -> None:
         value = getattr(task, name)
         if (value or None) != (getattr(usual, name) or None):
             words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    words += [*(["--use_cpu", "true"] if task.use_cpu else []), *([] if held_out else ["--eval_steps", "0"])]
+    on_cpu = task.use_cpu or not torch.cuda.is_available()
+    words += [*(["--use_cpu", "true"] if on_cpu else []), *([] if held_out else ["--eval_steps", "0"])]
     print(f"next:  {shlex.join(words)}")
 
 
