@@ -21,6 +21,10 @@ def pytest_configure(config):
 
 
 ROOT, TESTS = Path(__file__).parents[1], Path(__file__).parent
+SOURCES = [  # no virtual environment in the folder, and no script that a run keeps
+    *sorted(ROOT.glob("*.py")),
+    *(path for folder in ("support", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))),
+]
 GSM8K = Path(os.environ.get("GSM8K", ROOT.parent / "shared" / "gsm8k"))  # the real dataset; without it its tests skip
 
 
@@ -162,14 +166,14 @@ def policy(tmp_path_factory, data) -> Path:
     return folder
 
 
-def launch(script: str, *args, **env) -> subprocess.Popen:
-    """Start a file, `-m module` or lines of Python in a process of its own, without the Hub; stdout and stderr as
-    text."""
+def launch(script: str, *args, folder: Path = ROOT, **env) -> subprocess.Popen:
+    """Start a file, `-m module` or lines of Python in a process of its own, in `folder` and without the Hub; stdout and
+    stderr as text."""
     is_file = script.endswith(".py")
-    what = [str(ROOT / script)] if is_file else script.split() if script.startswith("-m ") else ["-c", script]
+    what = [str(folder / script)] if is_file else script.split() if script.startswith("-m ") else ["-c", script]
     return subprocess.Popen(
         [sys.executable, "-u", *what, *map(str, args)],
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **{k: str(v) for k, v in env.items()}},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

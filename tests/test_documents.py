@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import ROOT
+from conftest import ROOT, SOURCES
 from trl.scripts.vllm_serve import make_parser
 
 import cold_start
@@ -23,7 +23,7 @@ import train_grpo
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PAGES}
-SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
+CODE = {path.relative_to(ROOT).as_posix(): path.read_text() for path in SOURCES}
 MODULES = {"train_grpo": train_grpo, "cold_start": cold_start, "evaluate": evaluate, "demo": demo}
 COMMAND = re.compile(r"\$? ?(?:[A-Z_]+=\S+ )*(?:python|pip|pytest|accelerate|trl|hf|taskset) ")
 
@@ -194,14 +194,14 @@ FOLDERS = "tests|benchmarks|support|docs|notebooks"
 
 
 def test_every_file_that_is_named_is_there():
-    for page, text in {**TEXTS, **SOURCES}.items():
+    for page, text in {**TEXTS, **CODE}.items():
         for name in re.findall(rf"\b(?:{FOLDERS})/[\w./-]*\w\.(?:py|md|json|png|ipynb)\b", text):
             assert (ROOT / name).exists(), f"{page}: {name}"
 
 
 def test_every_module_has_its_place_on_the_page_of_the_code():
     page = TEXTS["docs/code.md"]
-    for name in SOURCES:
+    for name in CODE:
         folder, _, file = name.rpartition("/")
         if folder in ("", "support") and file != "__init__.py":
             assert f"`{file.removesuffix('.py') if folder else file}`" in page, name
@@ -235,7 +235,7 @@ def test_every_flag_that_is_named_exists(capsys):
         with pytest.raises(SystemExit):
             module.main(["--help"])
         known |= set(re.findall(r"--\w+(?:-\w+)*", capsys.readouterr().out))
-    own = "".join(text for name, text in SOURCES.items() if name.startswith("benchmarks/"))
+    own = "".join(text for name, text in CODE.items() if name.startswith("benchmarks/"))
     known |= set(re.findall(r'"(--\w+)"', own))
     for page, text in TEXTS.items():
         for span in re.findall(r"`(--\w[^`]*)`", text):
@@ -273,7 +273,7 @@ def test_the_chinese_page_has_the_same_commands_and_figures():
     assert links[0] - {"README.zh.md"} == links[1] - {"README.md"}
 
 
-def test_the_readmes_reward_pays_as_it_says(monkeypatch):
+def test_the_readmes_reward_pays_as_it_says():
     (block,) = [block for block in code(TEXTS["README.md"]) if block.startswith("def ")]
     assert len(block.splitlines()) == 5
     functions = list(rewards.REWARD_FUNCS)

@@ -5,7 +5,7 @@ import functools
 import re
 import sys
 
-from conftest import ROOT
+from conftest import ROOT, SOURCES
 
 from support.trainer import PRIVATE
 
@@ -68,8 +68,8 @@ def test_requirements_name_what_is_imported():
     """But for packages that only a flag needs."""
     lines = (ROOT / "requirements.txt").read_text().lower().splitlines()
     named = {re.split("[=<> #]", line)[0].replace("-", "_") for line in lines} | {"yaml", "vllm", "bitsandbytes"}
-    own = {path.stem for path in ROOT.rglob("*.py")} | {"support", "tests", "benchmarks"}
-    for path in ROOT.rglob("*.py"):
+    own = {path.stem for path in SOURCES} | {"support", "tests", "benchmarks"}
+    for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []

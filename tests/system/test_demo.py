@@ -1,16 +1,14 @@
 """The demo, as a command and as a notebook, in a copy of the project's files: they learn, and what they made stays."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import ROOT, identical, until, weights
+from conftest import ROOT, identical, launch, start, until, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # the second to run finds the policy taught
 
@@ -22,20 +20,6 @@ def clone(tmp_path_factory) -> Path:
     return shutil.copytree(
         ROOT, folder, ignore=shutil.ignore_patterns("outputs", "models", ".*", "__pycache__", "tests")
     )
-
-
-def launch(folder: Path, *words) -> subprocess.Popen:
-    """Python with these words, in `folder`, as a user starts it there; a group of processes of its own."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    words = [sys.executable, "-u", *map(str, words)]
-    return subprocess.Popen(words, cwd=folder, env=env, start_new_session=True, **pipes)
-
-
-def start(folder: Path, *words) -> subprocess.CompletedProcess:
-    process = launch(folder, *words)
-    out, errors = process.communicate(timeout=1800)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
 def evaluation(folder: Path) -> dict:
@@ -52,7 +36,7 @@ def has_learned(taught: Path, run: Path) -> None:
 
 
 def test_the_demo_learns_the_format_and_then_the_sums(clone):
-    done = start(clone, "demo.py")
+    done = start("demo.py", folder=clone)
     assert done.returncode == 0, done.stderr[-4000:]
     demo = clone / "outputs" / "demo"
     run, taught = demo / "grpo-42", demo / "taught-42"
@@ -69,11 +53,11 @@ def test_the_demo_learns_the_format_and_then_the_sums(clone):
     assert f"<answer>\n{gold}\n</answer>" in right
 
     trained = weights(run)
-    wrong = start(clone, "demo.py", "--output_dir", "outputs/other", "--temperature", 0)
+    wrong = start("demo.py", "--output_dir", "outputs/other", "--temperature", 0, folder=clone)
     assert wrong.returncode == 2
     assert "TEMPERATURE is 0.0" in wrong.stderr
     assert "teaching" not in wrong.stdout, "it is told before"
-    again = start(clone, "demo.py", "--max_steps", 1, "--bf16", "true")
+    again = start("demo.py", "--max_steps", 1, "--bf16", "true", folder=clone)
     assert again.returncode == 0, again.stderr[-4000:]
     assert "taught by an earlier demo" in again.stdout
     assert "compute bfloat16" in again.stdout, "after a teaching in fp32"
@@ -93,10 +77,11 @@ for cell in json.load(open("demo.ipynb"))["cells"]:
 def test_the_notebook_can_be_interrupted_resumes_and_shows_that_it_learned(clone):
     """Its code cells in order, in one process, started in the notebook's folder, as Jupyter does; an interrupt of the
     kernel reaches what it has started, too."""
-    folder, demo = clone / "notebooks", clone / "outputs" / "demo"
-    first = launch(folder, "-c", CELLS)
+    there, demo = {"folder": clone / "notebooks", "MPLBACKEND": "agg"}, clone / "outputs" / "demo"
+    first = launch(CELLS, **there)
     seen = until(first, "step  5/80")
-    os.killpg(first.pid, signal.SIGINT)
+    for process in (*psutil.Process(first.pid).children(), first):
+        process.send_signal(signal.SIGINT)
     out, errors = first.communicate(timeout=300)
     assert first.returncode != 0
     assert "KeyboardInterrupt" in errors
@@ -104,7 +89,7 @@ def test_the_notebook_can_be_interrupted_resumes_and_shows_that_it_learned(clone
     assert f"checkpoint-{saved.name.split('-')[1]}" in out, "it says so"
     assert "95% interval" in seen, "of the first command"
 
-    done = start(folder, "-c", CELLS)
+    done = start(CELLS, **there)
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"resuming after step {saved.name.split('-')[1]}" in done.stdout
     has_learned(demo / "taught-42", demo / "notebook")
